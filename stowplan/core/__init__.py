@@ -1,0 +1,1 @@
+"""Plain data and arithmetic shared by every part of stowplan; imports neither torch nor ray."""

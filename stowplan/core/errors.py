@@ -1,0 +1,97 @@
+"""Every error that stowplan raises on purpose.
+
+    StowplanError
+    ├── InvalidArgument (also a ValueError)     what was given, what is allowed, what to do
+    │   └── InvalidSize                         a size that is no byte count
+    ├── InfeasibleBudget                        no plan fits; names the least feasible budget
+    ├── UnsupportedModel                        the model cannot be captured or hooked as it is
+    ├── PlanMismatch                            a plan meets a model or a batch it was not made for
+    ├── InvalidPlanFile                         a plan file that cannot be read
+    ├── MissingDependency (also an ImportError) an optional package is needed; names the extra
+    ├── SolverFailed                            the MIP solver gave no usable answer
+    ├── PlanRejected                            our own simulator contradicts the plan: a bug of ours
+    └── ReplayMismatch                          a recomputed value cannot be what the forward pass had
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "InfeasibleBudget",
+    "InvalidArgument",
+    "InvalidPlanFile",
+    "InvalidSize",
+    "MissingDependency",
+    "PlanMismatch",
+    "PlanRejected",
+    "ReplayMismatch",
+    "SolverFailed",
+    "StowplanError",
+    "UnsupportedModel",
+]
+
+
+class StowplanError(Exception):
+    """Root of all errors raised by stowplan."""
+
+
+class InvalidArgument(StowplanError, ValueError):
+    """An argument that stowplan cannot use; the message says what is allowed."""
+
+
+class InvalidSize(InvalidArgument):
+    """A size that is not a number of bytes."""
+
+
+class InfeasibleBudget(StowplanError):
+    """No plan fits the device and host budgets.
+
+    Attributes:
+        budget_bytes: the device budget that was asked for.
+        least_bytes: the smallest device budget for which a plan exists, the host budget unchanged.
+        host_budget_bytes: the host budget that was in force.
+    """
+
+    def __init__(self, budget_bytes: int, least_bytes: int, host_budget_bytes: int | None = None) -> None:
+        from stowplan.core.units import format_bytes
+
+        self.budget_bytes = budget_bytes
+        self.least_bytes = least_bytes
+        self.host_budget_bytes = host_budget_bytes
+        host = "" if host_budget_bytes is None else f" (host budget {format_bytes(host_budget_bytes)})"
+        super().__init__(
+            f"no plan fits a budget of {format_bytes(budget_bytes)} ({budget_bytes} bytes){host}; "
+            f"the least feasible budget is {format_bytes(least_bytes)} ({least_bytes} bytes). "
+            f"Raise budget= to that, shorten the batch, or raise host_budget=."
+        )
+
+    def __reduce__(self) -> tuple[type[InfeasibleBudget], tuple[int, int, int | None]]:
+        return type(self), (self.budget_bytes, self.least_bytes, self.host_budget_bytes)
+
+
+class UnsupportedModel(StowplanError):
+    """The model cannot be captured or hooked as it is; the message says what to change."""
+
+
+class PlanMismatch(StowplanError):
+    """A plan was applied to a model or a batch it was not made for."""
+
+
+class InvalidPlanFile(StowplanError):
+    """A plan file is damaged, of another version, or not a plan at all."""
+
+
+class MissingDependency(StowplanError, ImportError):
+    """An optional package is needed for this call; the message names the extra to install."""
+
+
+class SolverFailed(StowplanError):
+    """The MIP solver ended without a usable answer."""
+
+
+class PlanRejected(StowplanError):
+    """The independent simulator contradicts the plan: a bug of stowplan, never the user's."""
+
+
+class ReplayMismatch(StowplanError, RuntimeError):
+    """A value cannot be recomputed as it was: something it depends on has changed since the forward pass."""
+

@@ -1,0 +1,143 @@
+"""What one training step does: the programs of its blocks, and the memory and time outside them.
+
+Bytes are bytes of storages on the device, times are seconds. A block program is in single-assignment form: an
+in-place write makes a new Value of zero bytes' growth (the storage is counted once, at its last version).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+
+__all__ = ["Action", "BlockProgram", "Op", "Phase", "StepProgram", "Value"]
+
+
+class Action(StrEnum):
+    """What happens to a saved value between forward and backward."""
+
+    KEEP = "keep"
+    SWAP = "swap"
+    RECOMPUTE = "recompute"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Value:
+    """A storage that the block reads or makes.
+
+    Values that autograd saves carry the ``actions`` that are allowed for them; all others have none and exist only
+    as steps on the way to a recomputation. Parameters, and inputs that all blocks share (masks, rotary tables), are
+    no values: they are on the device anyway.
+    """
+
+    name: str
+    size_bytes: int
+    producer: int | None  # index of the op that makes it; None: an input of the block
+    actions: tuple[Action, ...] = ()
+    shape: tuple[int, ...] = ()
+    dtype: str = ""
+    lingers: bool = False  # stays alive until the forward pass ends even if not kept (autocast's weight casts, caches)
+
+    @property
+    def saved(self) -> bool:
+        """Does autograd save it for the backward pass?"""
+        return bool(self.actions)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Op:
+    """One operator below autograd. ``inputs`` and ``outputs`` index the program's values."""
+
+    name: str
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    seconds: float
+    flops: int = 0
+    workspace_bytes: int = 0  # scratch inside the kernel, gone when it returns
+    replayable: bool = True
+    causal_attention: bool = False  # recomputed for a prefix of rows at a quadratic price
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockProgram:
+    """One block's forward and backward for one input signature; equal blocks share it. Ops are in execution order.
+
+    Peaks are above the bytes alive at entry without the block's own input: everything saved is held, the input and
+    (backward) the incoming gradient are included.
+    """
+
+    name: str
+    values: tuple[Value, ...]
+    ops: tuple[Op, ...]
+    forward_seconds: float
+    backward_seconds: float
+    forward_peak_bytes: int
+    backward_peak_bytes: int
+    output_gradient_bytes: int = 0  # the incoming gradient of the block's output
+    gradient_bytes: int = 0  # parameter gradients that stay after its backward
+    held_bytes: int = 0  # saved bytes that no action can move (what autograd functions hide)
+    lingering_bytes: int = 0  # unsaved bytes that stay until the forward pass ends
+
+    @cached_property
+    def saved(self) -> tuple[int, ...]:
+        """Indices of the saved values, in order: what a plan decides on."""
+        return tuple(i for i, value in enumerate(self.values) if value.saved)
+
+    @cached_property
+    def saved_bytes(self) -> int:
+        """Bytes of all saved values and of what cannot be moved."""
+        return sum(self.values[i].size_bytes for i in self.saved) + self.held_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phase:
+    """A stretch of the step outside the blocks.
+
+    Bytes are above ``StepProgram.static_bytes`` and what blocks hold: ``peak_bytes`` the highest during the phase,
+    ``left_bytes`` what the parts outside the blocks still hold after it.
+    """
+
+    seconds: float
+    peak_bytes: int
+    left_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepProgram:
+    """One training step: static bytes, the phases around the blocks, and which program each block runs.
+
+    Order of a step: ``embedding_forward``, blocks in order, ``head`` (final norm, head, loss and their backward),
+    blocks in reverse, ``embedding_backward``, ``optimizer_step``.
+    """
+
+    programs: tuple[BlockProgram, ...]
+    blocks: tuple[int, ...]  # program of each block, in execution order
+    block_names: tuple[str, ...]
+    parameter_bytes: int
+    buffer_bytes: int
+    optimizer_bytes: int
+    batch_bytes: int
+    held_gradient_bytes: int  # gradients that are alive all step (accumulation); fresh ones are counted where made
+    embedding_forward: Phase
+    head: Phase
+    embedding_backward: Phase
+    optimizer_step: Phase
+
+    @property
+    def static_bytes(self) -> int:
+        """Bytes alive all step whatever the plan."""
+        return (
+            self.parameter_bytes
+            + self.buffer_bytes
+            + self.optimizer_bytes
+            + self.batch_bytes
+            + self.held_gradient_bytes
+        )
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.blocks)
+
+    def program_of(self, block: int) -> BlockProgram:
+        """The program that block number ``block`` runs."""
+        return self.programs[self.blocks[block]]

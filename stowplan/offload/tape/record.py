@@ -1,0 +1,257 @@
+"""Writing a tape: a dispatch mode below autograd beside the hooks for saved tensors.
+
+Note: identity of storages
+    A storage is known by the address of its C++ object. While the tape is being written every storage that was seen
+    is pinned by a weak reference, which keeps the object's shell (not its bytes) alive, so that an address is never
+    used twice. No tensor of the block is kept alive by the recorder itself.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from stowplan.offload.tape.rules import (
+    ALLOCATIONS,
+    advances_by_shape,
+    draws_random_numbers,
+    overwrites_whole,
+    rules_of,
+)
+from stowplan.offload.tape.tape import Geometry, Origin, Ref, Slot, Tape, TapeOp, TapeValue
+
+__all__ = ["Recorder", "module_stack"]
+
+aten = torch.ops.aten
+
+
+class _Known(NamedTuple):
+    """A storage that was there before the call."""
+
+    origin: Origin
+    name: str
+    position: int
+    geometry: Geometry
+
+
+class Recorder(TorchDispatchMode):
+    """Records every op of one call of ``block`` into ``tape``, and by ``save`` every tensor that autograd saves.
+
+    ``leaves`` are the flattened arguments of the call with their names.
+    """
+
+    def __init__(self, block: torch.nn.Module, leaves: Sequence[tuple[str, Any]]) -> None:
+        super().__init__()
+        self.tape = Tape()
+        self._values: dict[int, int] = {}  # storage -> value
+        self._pins: list[StorageWeakRef] = []  # by value
+        self._known: dict[int, _Known] = {}  # storage -> what it is outside the tape
+        self._names: Counter[str] = Counter()
+        self._stack: list[str] = [""]
+        self._block = block
+        for position, (name, leaf) in enumerate(leaves):
+            if isinstance(leaf, torch.Tensor):
+                known = _Known(Origin.INPUT, name, position, Geometry.of(leaf))
+                self._known.setdefault(_storage_key(leaf), known)
+        for name, tensor in _own_tensors(block):
+            self._known[_storage_key(tensor)] = _Known(Origin.PARAMETER, name, -1, Geometry.of(tensor))
+
+    # ---- what the hooks call --------------------------------------------------------------------------------------
+    def save(self, tensor: torch.Tensor) -> Slot | None:
+        """Note that autograd saves ``tensor``; gives its slot, None for tensor subclasses (which cannot be replayed)."""
+        if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+            self.tape.forbid_steady(f"autograd saves a {type(tensor).__name__}")
+            return None
+        slot = Slot(*self._ref(tensor))
+        self.tape.slots.append(slot)
+        return slot
+
+    def alive(self) -> set[int]:
+        """Values whose storages are still alive."""
+        return {value for value, pin in enumerate(self._pins) if not pin.expired()}
+
+    def finish(self) -> Tape:
+        """End the recording: forget the storages."""
+        for name, tensor in _own_tensors(self._block):
+            value = self._values.get(_storage_key(tensor))
+            if value is not None and self.tape.values[value].origin is Origin.MADE:
+                self.tape.forbid_steady(f"{name} was made by this very call")
+        self._values.clear()
+        self._pins.clear()
+        return self.tape
+
+    # ---- the mode -------------------------------------------------------------------------------------------------
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        rules = rules_of(func)
+        if rules.data_dependent and not _indexes_by_numbers(func, args):
+            self.tape.forbid_steady(f"{rules.name} depends on data")
+        reads: list[tuple[int, int]] = []
+
+        def read(tensor: torch.Tensor) -> Ref:
+            ref = self._ref(tensor)
+            reads.append((ref.value, ref.version))
+            return ref
+
+        op_args = tuple(_map_tensors(argument, read) for argument in args)
+        op_kwargs = {name: _map_tensors(argument, read) for name, argument in kwargs.items()}
+        written = list(_written(func, args, kwargs))
+        result = func(*args, **kwargs)
+        results = result if isinstance(result, tuple | list) else (result,)
+        fresh = [(position, t) for position, t in enumerate(results) if self._is_fresh(t)]
+        if not written and not fresh:
+            return result  # a view, or nothing with storage: Refs carry all there is to know
+        random = draws_random_numbers(func, args, kwargs)
+        op = TapeOp(
+            func=func,
+            args=op_args,
+            kwargs=op_kwargs,
+            module=self._stack[-1],
+            reads=tuple(reads),
+            random=random,
+            replayable=rules.replayable and (not random or advances_by_shape(func, kwargs)),
+            flops=_flops(func, args, kwargs, result),
+        )
+        number = len(self.tape.ops)
+        self.tape.ops.append(op)
+        op.makes = tuple((position, self._make(tensor, number, func, position)) for position, tensor in fresh)
+        op.writes = tuple(self._write(tensor, number, func) for tensor in written)
+        if func in ALLOCATIONS:
+            _allocate_by_geometry(op, self.tape.values)
+        return result
+
+    def _ref(self, tensor: torch.Tensor) -> Ref:
+        number = self._values.get(_storage_key(tensor))
+        if number is None:
+            number = self._meet(tensor)
+        value = self.tape.values[number]
+        if tensor.is_conj() or tensor.is_neg() or tensor.layout is not torch.strided:
+            value.opaque = True
+        return Ref(number, value.last_version, Geometry.of(tensor))
+
+    def _meet(self, tensor: torch.Tensor) -> int:
+        """A storage that no op of the tape made."""
+        storage = _storage_key(tensor)
+        known = self._known.get(storage) or _Known(Origin.OUTSIDE, "outside", -1, Geometry.of(tensor))
+        number = self._add(tensor, known.name, known.origin, None)
+        value = self.tape.values[number]
+        value.position, value.geometry = known.position, known.geometry
+        if known.origin is Origin.PARAMETER:
+            value.parameter = known.name
+        elif known.origin is Origin.OUTSIDE and value.size_bytes == 0:
+            value.constant = tensor.detach()
+        return number
+
+    def _make(self, tensor: torch.Tensor, op: int, func: Any, position: int) -> int:
+        stem = ".".join(part for part in (self._stack[-1], rules_of(func).name) if part)
+        value = self._add(tensor, f"{stem}.{position}" if position else stem, Origin.MADE, op)
+        self.tape.values[value].opaque = func in ALLOCATIONS
+        return value
+
+    def _write(self, tensor: torch.Tensor, op: int, func: Any) -> tuple[int, int]:
+        number = self._values[_storage_key(tensor)]
+        value = self.tape.values[number]
+        if rules_of(func).reshapes:
+            value.opaque = True
+        elif value.opaque and value.last_version == 0 and value.origin is Origin.MADE and overwrites_whole(func):
+            value.opaque = tensor.numel() * tensor.element_size() != value.size_bytes
+        value.writers.append(op)
+        return number, value.last_version
+
+    def _add(self, tensor: torch.Tensor, stem: str, origin: Origin, writer: int | None) -> int:
+        self._names[stem] += 1
+        name = stem if self._names[stem] == 1 else f"{stem}#{self._names[stem]}"
+        storage = tensor.untyped_storage()
+        number = len(self.tape.values)
+        self.tape.values.append(
+            TapeValue(name, origin, storage.nbytes(), tensor.device, Geometry.of(tensor), [writer])
+        )
+        self._values[storage._cdata] = number
+        self._pins.append(StorageWeakRef(storage))
+        return number
+
+    def _is_fresh(self, result: Any) -> bool:
+        return isinstance(result, torch.Tensor) and not (
+            (key := _storage_key(result)) in self._values or key in self._known
+        )
+
+    # ---- names ----------------------------------------------------------------------------------------------------
+    @contextmanager
+    def naming(self) -> Iterator[None]:
+        """Name values after the module of the block that makes them while this is open."""
+        with module_stack(self._block, self._stack):
+            yield
+
+
+@contextmanager
+def module_stack(block: torch.nn.Module, stack: list[str]) -> Iterator[None]:
+    """Keep in ``stack`` the dotted names of the block's modules that are running."""
+    names = {id(module): name for name, module in block.named_modules()}
+
+    def enter(module: torch.nn.Module, args: Any) -> None:
+        stack.append(names.get(id(module), stack[-1]))
+
+    def leave(module: torch.nn.Module, args: Any, result: Any) -> None:
+        stack.pop()
+
+    entering = torch.nn.modules.module.register_module_forward_pre_hook(enter)
+    leaving = torch.nn.modules.module.register_module_forward_hook(leave, always_call=True)
+    try:
+        yield
+    finally:
+        entering.remove()
+        leaving.remove()
+
+
+def _own_tensors(block: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in (*block.named_parameters(), *block.named_buffers()):
+        if type(tensor) in (torch.Tensor, torch.nn.Parameter):
+            yield name, tensor
+
+
+def _storage_key(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _map_tensors(argument: Any, fn: Any) -> Any:
+    if isinstance(argument, torch.Tensor):
+        return fn(argument)
+    if isinstance(argument, list | tuple):
+        return [_map_tensors(item, fn) for item in argument]
+    return argument
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[torch.Tensor]:
+    for position, name, keyword_only in rules_of(func).writes:
+        argument = kwargs.get(name) if keyword_only or name in kwargs or position >= len(args) else args[position]
+        items: Iterable[Any] = argument if isinstance(argument, list | tuple) else (argument,)
+        yield from (item for item in items if isinstance(item, torch.Tensor))
+
+
+def _indexes_by_numbers(func: Any, args: tuple[Any, ...]) -> bool:
+    """``x[i]`` with integer tensors has a result shape known beforehand, in spite of its tag."""
+    return func is aten.index.Tensor and all(i is None or i.dtype in (torch.int64, torch.int32) for i in args[1])
+
+
+def _flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
+    formula = flop_registry.get(func.overloadpacket)
+    return int(formula(*args, **kwargs, out_val=result)) if formula is not None else 0
+
+
+def _allocate_by_geometry(op: TapeOp, values: list[TapeValue]) -> None:
+    """Rewrite ``empty_like(x)`` and its kin so that they need no x, which may be gone when they run again."""
+    ((_, made),) = op.makes
+    geometry = values[made].geometry
+    op.func = aten.empty_strided.default
+    op.args = (list(geometry.size), list(geometry.stride))
+    op.kwargs = {"dtype": geometry.dtype, "device": values[made].device}
+    op.reads = ()

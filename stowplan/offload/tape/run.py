@@ -1,0 +1,255 @@
+"""One forward call of a block under a plan: what the hooks for saved tensors hand to autograd, and get back.
+
+Note: who keeps what alive
+    A tensor that is kept is handed to autograd itself (with its version, because hooks switch autograd's own check
+    off). Of a value that is swapped or recomputed, autograd gets a ``Cell``, shared by all slots of that value, and
+    nobody else holds the cell once the block's values are back: when autograd drops its nodes, the cell dies, and the
+    tensor in it. So autograd's own freeing drives ours, whatever order backward takes, and no "backward is over" event
+    is needed. Until then the run keeps what its replay will start from (``sources``), and gives it up right after.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from stowplan.core.errors import ReplayMismatch
+from stowplan.core.program import Action
+from stowplan.offload.copies import CopyEngine, Ticket
+from stowplan.offload.tape.course import Course, Fate
+from stowplan.offload.tape.replay import view_of
+from stowplan.offload.tape.rng import Position
+from stowplan.offload.tape.tape import Geometry
+
+__all__ = ["Cell", "Counters", "Departure", "Run", "unpack"]
+
+
+class Departure(BaseException):
+    """The block does not do what its tape says. Not an Exception, so that no model code catches it on the way."""
+
+
+@dataclass(slots=True)
+class Counters:
+    """What was done since a plan was applied."""
+
+    swapped_bytes: int = 0
+    recomputed_bytes: int = 0
+    recorded_calls: int = 0
+    steady_calls: int = 0
+    departures: int = 0
+
+
+class HostCopy:
+    """A value on the host. The host bytes go back when the value is on the device again, or nobody wants it."""
+
+    __slots__ = ("copies", "tensor", "ticket")
+
+    def __init__(self, copies: CopyEngine, tensor: torch.Tensor) -> None:
+        self.copies = copies
+        self.ticket: Ticket | None = copies.to_host(tensor)
+        self.tensor: torch.Tensor | None = None
+
+    def fetch(self) -> torch.Tensor:
+        """The value on the device; copied at the first call."""
+        if self.tensor is None:
+            assert self.ticket is not None
+            self.tensor = self.copies.to_device(self.ticket)
+            self.copies.wait(self.tensor)
+            self._release()
+        return self.tensor
+
+    def _release(self) -> None:
+        if self.ticket is not None:
+            self.copies.release(self.ticket)
+            self.ticket = None
+
+    def __del__(self) -> None:
+        self._release()
+
+
+class Cell:
+    """The place of one value of one run. ``tensor`` is None while the value is away; ``version`` guards a kept one."""
+
+    __slots__ = ("__weakref__", "host", "run", "tensor", "value", "version")
+
+    def __init__(self, run: Run, value: int) -> None:
+        self.run: Run | None = run
+        self.value = value
+        self.tensor: torch.Tensor | None = None
+        self.version: int | None = None
+        self.host: HostCopy | None = None
+
+
+class Run:
+    """One forward call. ``pack`` and ``seal`` belong to forward; ``unpack`` has ``restore`` called in backward.
+
+    A call whose tape is known follows its ``course`` from the start; one that is being recorded holds everything
+    (``pack_recording``) until ``adopt`` or ``keep_all``.
+    """
+
+    def __init__(self, copies: CopyEngine, counters: Counters) -> None:
+        self.copies = copies
+        self.counters = counters
+        self.num_packed = 0
+        self.cells: dict[int, Cell] = {}
+        self.departing: dict[int, torch.Tensor] = {}  # to be copied to the host when the block is over
+        self.sources: dict[int, torch.Tensor | HostCopy] = {}
+        self.versions: list[tuple[torch.Tensor, int, int]] = []
+        self.waiting: list[weakref.ref[Cell]] = []
+
+    def follow(
+        self, course: Course, leaves: Sequence[Any], parameter_of: Callable[[str], torch.Tensor], position: Position
+    ) -> None:
+        """Take up ``course``; hold what the replay will start from.
+
+        ``leaves`` are the call's flattened arguments, ``parameter_of`` finds a parameter or buffer of the block by its
+        dotted name, ``position`` is where the random generators stood as the block began.
+        """
+        self.course = course
+        self.position = {device: position[device] for device in course.random}
+        for value, index in course.inputs:
+            self._hold(value, leaves[index].detach())
+        for value, name in course.parameters:
+            self._hold(value, parameter_of(name))
+
+    def _hold(self, value: int, tensor: torch.Tensor) -> None:
+        self.sources[value] = tensor
+        self.versions.append((tensor, tensor._version, value))
+
+    # ---- forward --------------------------------------------------------------------------------------------------
+    def pack(self, tensor: torch.Tensor) -> Any:
+        """What autograd keeps in place of ``tensor``. Raises Departure where the tape says something else."""
+        number = self.num_packed
+        self.num_packed = number + 1
+        try:
+            value, fate, dtype, size, stride, geometry, source = self.course.slots[number]
+        except IndexError:
+            raise Departure(f"more than {number} saved tensors") from None
+        if tensor.shape != size or tensor.dtype is not dtype or tensor.stride() != stride:
+            raise Departure(f"saved tensor {number} is {tuple(tensor.shape)} {tensor.dtype}, not {size} {dtype}")
+        if fate is Fate.PASS:
+            return tensor, tensor._version
+        if fate is Fate.KEEP:
+            kept = tensor.detach()  # a node that saves its own output would keep itself alive
+            if source and value not in self.sources:
+                self._hold(value, kept)
+            return kept, kept._version
+        cell = self.cells.get(value)
+        if cell is None:
+            cell = self.cells[value] = Cell(self, value)
+            if fate is Fate.SWAP:
+                self.departing[value] = tensor.detach()
+        return cell, geometry
+
+    def pack_recording(self, tensor: torch.Tensor, value: int, geometry: Geometry) -> Any:
+        """Like ``pack``, while the tape is still being written: everything is held until ``adopt``."""
+        cell = self.cells.get(value)
+        if cell is None or cell.version != tensor._version:
+            cell = self.cells[value] = Cell(self, value)
+            cell.tensor = tensor.detach()
+            cell.version = tensor._version
+        return cell, geometry
+
+    def adopt(self) -> None:
+        """Turn what ``pack_recording`` held into what ``pack`` would have made of it under the run's course."""
+        course = self.course
+        self.num_packed = len(course.slots)
+        for value, cell in list(self.cells.items()):
+            assert cell.tensor is not None
+            action = course.actions[value]
+            if action is Action.KEEP:
+                if value in course.sources:
+                    self._hold(value, cell.tensor)
+                del self.cells[value]
+                cell.run = None
+                continue
+            if action is Action.SWAP:
+                self.departing[value] = cell.tensor
+            cell.tensor, cell.version = None, None
+
+    def keep_all(self) -> None:
+        """Leave what ``pack_recording`` held to autograd alone."""
+        for cell in self.cells.values():
+            cell.run = None
+        self.cells.clear()
+
+    def seal(self) -> None:
+        """The block's forward is over: send values to the host. Raises Departure if slots are missing."""
+        if self.num_packed != len(self.course.slots):
+            raise Departure(f"{self.num_packed} saved tensors, not {len(self.course.slots)}")
+        for value in list(self.departing):
+            tensor = self.departing.pop(value)
+            host = self.cells[value].host = HostCopy(self.copies, tensor)
+            self.counters.swapped_bytes += tensor.untyped_storage().nbytes()
+            if value in self.course.sources:
+                self.sources[value] = host
+        self.waiting = [weakref.ref(cell) for cell in self.cells.values()]
+        self.cells.clear()
+
+    # ---- backward -------------------------------------------------------------------------------------------------
+    def restore(self) -> None:
+        """Bring back every value of the block that is still wanted: copy in, then replay."""
+        wanted = {cell.value: cell for ref in self.waiting if (cell := ref()) is not None}
+        for cell in wanted.values():
+            if cell.host is not None:
+                cell.tensor = cell.host.fetch()
+        targets = tuple(v for v in self.course.targets if v in wanted)
+        if targets:
+            for tensor, version, value in self.versions:
+                if tensor._version != version:
+                    raise _changed(self.course.tape.values[value].name)
+            replay = self.course.replay(targets)
+            tensors = replay([self._source(value) for value in replay.sources], self.position)
+            for value, tensor in zip(targets, tensors, strict=True):
+                wanted[value].tensor = tensor
+                self.counters.recomputed_bytes += self.course.tape.values[value].size_bytes
+        for cell in wanted.values():
+            cell.run = cell.host = None
+        self.waiting.clear()
+        self.sources.clear()
+        self.versions.clear()
+
+    def _source(self, value: int) -> torch.Tensor:
+        source = self.sources.get(value)
+        if isinstance(source, HostCopy):
+            return source.fetch()
+        if source is not None:
+            return source
+        constant = self.course.tape.values[value].constant
+        assert constant is not None
+        return constant
+
+
+def unpack(packed: Any) -> torch.Tensor:
+    """The tensor that ``Run.pack`` was given."""
+    first, rest = packed
+    if type(first) is Cell:
+        if first.tensor is None:
+            assert first.run is not None
+            first.run.restore()
+            assert first.tensor is not None
+        if first.version is not None and first.tensor._version != first.version:
+            raise _modified(first.tensor, first.version)
+        return view_of(first.tensor, rest)
+    if first._version != rest:
+        raise _modified(first, rest)
+    return first  # type: ignore[no-any-return]
+
+
+def _modified(tensor: torch.Tensor, version: int) -> RuntimeError:
+    """The error that autograd itself raises where no hooks are in its way."""
+    return RuntimeError(
+        "one of the variables needed for gradient computation has been modified by an inplace operation: "
+        f"{tensor.dtype} {tuple(tensor.shape)} is at version {tensor._version}; expected version {version} instead"
+    )
+
+
+def _changed(name: str) -> ReplayMismatch:
+    return ReplayMismatch(
+        f"{name!r} was changed in place between the block's forward and its backward, so the block's values cannot be "
+        f"recomputed from it. Make the change after backward, or leave this block out of the plan (blocks=)."
+    )

@@ -1,0 +1,118 @@
+"""The proof that a tape can be replayed: every op is done again and compared, bit for bit, with the forward pass.
+
+Each op runs on true inputs: where a saved value is at hand its true tensor is used, whatever the replay gave, so that
+one op's fault is not blamed on another, and no more than the replay's temporaries is held at a time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+
+import torch
+
+from stowplan.offload.tape.replay import advance, below_autograd, view_of
+from stowplan.offload.tape.rng import Position, rewound
+from stowplan.offload.tape.tape import Ref, Tape, TapeOp, map_refs
+
+__all__ = ["verify"]
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def verify(
+    tape: Tape,
+    given: Mapping[int, torch.Tensor],
+    truth: Mapping[int, torch.Tensor],
+    position: Position,
+    before_op: Callable[[int], None] = lambda op: None,
+) -> dict[int, float]:
+    """Replay all that claims to be recomputable; what differs from ``truth`` is marked as not replayable.
+
+    Args:
+        given: tensors of parameters, inputs and constants, by value.
+        truth: tensors of the saved values as the forward pass had them, by value, over the whole storage.
+        position: where the random generators stood when the block began.
+        before_op: called with an op's number before it runs (to watch memory).
+
+    Returns:
+        Seconds of each op that was done again, by number.
+    """
+    env: dict[tuple[int, int], torch.Tensor] = {}
+    recomputable = tape.recomputable()
+    available = {v for v in tape.saved_versions() if tape.saved_final(v)} - recomputable
+    ops, _ = tape.closure(recomputable, available)
+    uses = Counter(key for k in ops for key in tape.ops[k].reads)
+    seconds: dict[int, float] = {}
+
+    def fetch(ref: Ref) -> torch.Tensor:
+        key = (ref.value, ref.version)
+        if key in env:
+            return view_of(env[key], ref.geometry)
+        return view_of(truth[ref.value] if ref.value in truth else given[ref.value], ref.geometry)
+
+    with below_autograd(), rewound(position):
+        for k, op in enumerate(tape.ops):
+            if k not in set(ops):
+                if op.random:
+                    advance(tape, op)
+                continue
+            before_op(k)
+            args = [map_refs(argument, fetch) for argument in op.args]
+            kwargs = {name: map_refs(argument, fetch) for name, argument in op.kwargs.items()}
+            start = time.perf_counter()
+            result = op.func(*args, **kwargs)
+            _wait(tape, op)
+            seconds[k] = time.perf_counter() - start
+            del args, kwargs
+            _settle(tape, op, result, env, truth)
+            del result
+            for key in op.reads:
+                uses[key] -= 1
+            for key in [key for key in env if not uses[key] and _is_over(tape, key)]:
+                del env[key]
+    return seconds
+
+
+def _settle(
+    tape: Tape,
+    op: TapeOp,
+    result: object,
+    env: dict[tuple[int, int], torch.Tensor],
+    truth: Mapping[int, torch.Tensor],
+) -> None:
+    """Take an op's results into ``env``; a saved value is compared, and its true tensor serves from then on."""
+    results = result if isinstance(result, tuple | list) else (result,)
+    for position, value in op.makes:
+        env[value, 0] = results[position]
+    for value, version in op.writes:
+        env[value, version] = env.pop((value, version - 1))
+    for value, version in (*((value, 0) for _, value in op.makes), *op.writes):
+        if value in truth and version == tape.values[value].last_version:
+            made = env.pop((value, version))
+            op.replayable &= all(
+                _same_bits(view_of(made, slot.geometry), view_of(truth[value], slot.geometry))
+                for slot in tape.slots
+                if slot.value == value
+            )
+
+
+def _is_over(tape: Tape, key: tuple[int, int]) -> bool:
+    """No later in-place write continues this version."""
+    return key[1] == tape.values[key[0]].last_version
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a.is_complex():
+        a, b = torch.view_as_real(a), torch.view_as_real(b)
+    integers = _INTEGERS[a.element_size()]
+    return torch.equal(a.view(integers), b.view(integers))
+
+
+def _wait(tape: Tape, op: TapeOp) -> None:
+    """Let a kernel launched on a device end, so that its time is its own."""
+    values = [value for _, value in op.makes] or [value for value, _ in op.writes]
+    device = tape.values[values[0]].device
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize(device)
