@@ -14,18 +14,18 @@ import torch
 
 from stowplan.core.errors import PlanMismatch
 from stowplan.core.program import Action
-from stowplan.offload.arguments import flatten, flatten_named, signature
+from stowplan.offload.arguments import flatten, signature
 from stowplan.offload.blocks import Block, refuse_unsupported
 from stowplan.offload.copies import CopyEngine
 from stowplan.offload.intercept import Forward, Interception
 from stowplan.offload.tape.course import Course, allowed_actions
-from stowplan.offload.tape.record import Recorder
-from stowplan.offload.tape.rng import Position, draw_position, set_position
+from stowplan.offload.recording import devices_of, parameter_of, record_call
+from stowplan.offload.tape.rng import draw_position, set_position
 from stowplan.offload.tape.run import Counters, Departure, Run, unpack
-from stowplan.offload.tape.tape import Origin, Tape
+from stowplan.offload.tape.tape import Tape
 from stowplan.offload.tape.verify import verify
 
-__all__ = ["Engine", "PlannedBlock", "Recording", "record_call"]
+__all__ = ["Engine", "PlannedBlock"]
 
 # A block whose calls keep departing from its tape is left alone after this many.
 _PATIENCE = 3
@@ -71,7 +71,7 @@ class PlannedBlock:
         self.copies = copies
         self.counters = counters
         self.courses: dict[tuple[Any, ...], Course | None] = {}  # None: keep everything
-        self.devices = _devices_of(self.module)
+        self.devices = devices_of(self.module)
         self.num_departures = 0
         self.busy = False
         self.interception = Interception(self.module, self.call)
@@ -104,7 +104,7 @@ class PlannedBlock:
     ) -> Any:
         position = draw_position(self.devices)
         run = Run(self.copies, self.counters)
-        run.follow(course, leaves, self.parameter_of, position)
+        run.follow(course, leaves, self._parameter_of, position)
         try:
             with torch.autograd.graph.saved_tensors_hooks(run.pack, unpack):
                 output = forward(*args, **kwargs)
@@ -122,9 +122,11 @@ class PlannedBlock:
     def _record(
         self, key: tuple[Any, ...], forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        recording = record_call(self, forward, args, kwargs)
+        recording = record_call(self.module, forward, args, kwargs, self.copies, self.counters)
         self.counters.recorded_calls += 1
-        tape, run = recording.tape, recording.run
+        tape, run = recording.recorder.finish(), recording.run
+        if tape.steady:
+            verify(tape, recording.given, recording.truth(), recording.position)
         if not tape.steady or self.num_departures >= _PATIENCE:
             self.courses[key] = None
             run.keep_all()
@@ -132,7 +134,7 @@ class PlannedBlock:
             warnings.warn(f"{self.name} keeps everything it saves: {reason}.", RuntimeWarning, stacklevel=2)
             return recording.output
         course = self.courses[key] = Course(tape, self._resolve(tape))
-        run.follow(course, recording.leaves, self.parameter_of, recording.position)
+        run.follow(course, recording.leaves, self._parameter_of, recording.position)
         run.adopt()
         run.seal()
         return recording.output
@@ -156,69 +158,5 @@ class PlannedBlock:
             actions[value] = action
         return actions
 
-    def parameter_of(self, name: str) -> torch.Tensor:
-        """The block's parameter or buffer of that dotted name, as it is now."""
-        owner, _, leaf = name.rpartition(".")
-        tensor: torch.Tensor = getattr(self.module.get_submodule(owner), leaf)
-        return tensor
-
-
-class Recording:
-    """One recorded call: its tape, its run (holding every saved value) and its output."""
-
-    def __init__(
-        self, tape: Tape, run: Run, output: Any, leaves: list[Any], position: Position, given: dict[int, torch.Tensor]
-    ) -> None:
-        self.tape = tape
-        self.run = run
-        self.output = output
-        self.leaves = leaves
-        self.position = position
-        self.given = given
-
-    def truth(self) -> dict[int, torch.Tensor]:
-        """The saved values as the forward pass had them."""
-        return {v: cell.tensor for v, cell in self.run.cells.items() if cell.tensor is not None}
-
-
-def record_call(
-    block: PlannedBlock, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Recording:
-    """Run a block once under the recorder, and prove its tape by replaying it against the true values."""
-    leaves = flatten_named(forward, args, kwargs)
-    position = draw_position(block.devices)
-    recorder = Recorder(block.module, leaves)
-    run = Run(block.copies, block.counters)
-
-    def pack(tensor: torch.Tensor) -> Any:
-        slot = recorder.save(tensor)
-        if slot is None or recorder.tape.values[slot.value].origin is Origin.PARAMETER:
-            return tensor, tensor._version
-        return run.pack_recording(tensor, slot.value, slot.geometry)
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack), recorder.naming(), recorder:
-        output = forward(*args, **kwargs)
-    tape = recorder.finish()
-    values = [leaf for _, leaf in leaves]
-    recording = Recording(tape, run, output, values, position, _given(tape, values, block))
-    if tape.steady:
-        verify(tape, recording.given, recording.truth(), position)
-    return recording
-
-
-def _given(tape: Tape, leaves: Sequence[Any], block: PlannedBlock) -> dict[int, torch.Tensor]:
-    """What a replay can bind: parameters, inputs and constants, by value."""
-    given: dict[int, torch.Tensor] = {}
-    for number, value in enumerate(tape.values):
-        if value.origin is Origin.PARAMETER:
-            given[number] = block.parameter_of(value.parameter)
-        elif value.origin is Origin.INPUT:
-            given[number] = leaves[value.position].detach()
-        elif value.constant is not None:
-            given[number] = value.constant
-    return given
-
-
-def _devices_of(module: torch.nn.Module) -> tuple[torch.device, ...]:
-    devices = {tensor.device: None for tensor in (*module.parameters(), *module.buffers())}
-    return tuple({torch.device("cpu"): None} | devices)
+    def _parameter_of(self, name: str) -> torch.Tensor:
+        return parameter_of(self.module, name)

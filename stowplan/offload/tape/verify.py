@@ -6,9 +6,9 @@ one op's fault is not blamed on another, and no more than the replay's temporari
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -26,25 +26,22 @@ def verify(
     given: Mapping[int, torch.Tensor],
     truth: Mapping[int, torch.Tensor],
     position: Position,
-    before_op: Callable[[int], None] = lambda op: None,
-) -> dict[int, float]:
-    """Replay all that claims to be recomputable; what differs from ``truth`` is marked as not replayable.
+    around_op: Callable[[int], AbstractContextManager[None]] = lambda op: nullcontext(),
+) -> None:
+    """Replay all that claims to be recomputable; ops whose results differ from ``truth`` are marked not replayable.
 
     Args:
         given: tensors of parameters, inputs and constants, by value.
         truth: tensors of the saved values as the forward pass had them, by value, over the whole storage.
         position: where the random generators stood when the block began.
-        before_op: called with an op's number before it runs (to watch memory).
-
-    Returns:
-        Seconds of each op that was done again, by number.
+        around_op: opened with an op's number while it runs (to watch its memory and time).
     """
     env: dict[tuple[int, int], torch.Tensor] = {}
     recomputable = tape.recomputable()
     available = {v for v in tape.saved_versions() if tape.saved_final(v)} - recomputable
-    ops, _ = tape.closure(recomputable, available)
+    numbers, _ = tape.closure(recomputable, available)
+    ops = set(numbers)
     uses = Counter(key for k in ops for key in tape.ops[k].reads)
-    seconds: dict[int, float] = {}
 
     def fetch(ref: Ref) -> torch.Tensor:
         key = (ref.value, ref.version)
@@ -54,17 +51,14 @@ def verify(
 
     with below_autograd(), rewound(position):
         for k, op in enumerate(tape.ops):
-            if k not in set(ops):
+            if k not in ops:
                 if op.random:
                     advance(tape, op)
                 continue
-            before_op(k)
             args = [map_refs(argument, fetch) for argument in op.args]
             kwargs = {name: map_refs(argument, fetch) for name, argument in op.kwargs.items()}
-            start = time.perf_counter()
-            result = op.func(*args, **kwargs)
-            _wait(tape, op)
-            seconds[k] = time.perf_counter() - start
+            with around_op(k):
+                result = op.func(*args, **kwargs)
             del args, kwargs
             _settle(tape, op, result, env, truth)
             del result
@@ -72,7 +66,6 @@ def verify(
                 uses[key] -= 1
             for key in [key for key in env if not uses[key] and _is_over(tape, key)]:
                 del env[key]
-    return seconds
 
 
 def _settle(
@@ -109,10 +102,3 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     integers = _INTEGERS[a.element_size()]
     return torch.equal(a.view(integers), b.view(integers))
 
-
-def _wait(tape: Tape, op: TapeOp) -> None:
-    """Let a kernel launched on a device end, so that its time is its own."""
-    values = [value for _, value in op.makes] or [value for value, _ in op.writes]
-    device = tape.values[values[0]].device
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize(device)

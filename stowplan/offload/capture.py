@@ -1,0 +1,192 @@
+"""One training step as a program: a real block of each kind, the rest of the model around stand-ins for the blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+
+from stowplan.core.program import Phase, StepProgram
+from stowplan.core.units import format_bytes
+from stowplan.offload.arguments import tensors_in
+from stowplan.offload.blocks import Block, refuse_unsupported
+from stowplan.offload.optimizers import OptimizerCost, optimizer_cost, state_bytes
+from stowplan.offload.outline import (
+    BLOCKS_BACKWARD,
+    BLOCKS_FORWARD,
+    EMBEDDING_BACKWARD,
+    EMBEDDING_FORWARD,
+    END,
+    HEAD,
+    Moment,
+    Outline,
+)
+from stowplan.offload.recording import devices_of
+from stowplan.offload.tape.rng import restored
+
+__all__ = ["Capture", "capture"]
+
+
+class Capture(NamedTuple):
+    """A captured step, and in words what it rests on."""
+
+    step: StepProgram
+    assumptions: tuple[str, ...]
+
+
+def capture(
+    model: torch.nn.Module,
+    blocks: Sequence[Block],
+    forward: Callable[[], Any],
+    loss_of: Callable[[Any], torch.Tensor],
+    *,
+    optimizer: torch.optim.Optimizer | None,
+    batch: Any,
+    hold_gradients: bool = False,
+    on_progress: Callable[[str], None] = lambda message: None,
+) -> Capture:
+    """Run parts of one step of ``model`` for real and describe the whole of it.
+
+    Parameters, gradients, buffers, optimizer and random generators are afterwards as they were before.
+
+    Args:
+        forward: calls the model on the batch and gives its output.
+        loss_of: the loss to differentiate, from that output.
+        optimizer: its steady states and its step are counted; None leaves them out.
+        batch: the batch, whose tensors count as alive all step.
+        hold_gradients: gradients are alive throughout the step (accumulation, ``set_to_none=False``).
+
+    Raises:
+        UnsupportedModel: compiled or self-checkpointing blocks, blocks called twice, or none called.
+    """
+    refuse_unsupported(model, blocks)
+    device = next(model.parameters()).device
+    outline = Outline(blocks, device, hold_gradients, on_progress)
+    with _untouched(model):
+        _reset_gradients(model, hold_gradients)
+        outline.explore(forward, loss_of)
+        _reset_gradients(model, hold_gradients)
+        on_progress("measuring the model around its blocks")
+        moments = outline.measure(forward, loss_of)
+    on_progress("measuring the optimizer")
+    cost = optimizer_cost(optimizer)
+    step = _assemble(model, blocks, outline, moments, cost, optimizer, batch, hold_gradients)
+    return Capture(step, _assumptions(outline, step, cost, optimizer, hold_gradients))
+
+
+@contextmanager
+def _untouched(model: torch.nn.Module) -> Iterator[None]:
+    """Put gradients, buffers and random generators back as they are now."""
+    gradients = [(p, p.grad) for p in model.parameters()]
+    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    try:
+        with restored(devices_of(model)), torch.enable_grad():
+            yield
+    finally:
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        with torch.no_grad():
+            for buffer, before in buffers:
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)
+
+
+def _reset_gradients(model: torch.nn.Module, hold_gradients: bool) -> None:
+    for parameter in model.parameters():
+        held = hold_gradients and parameter.requires_grad
+        parameter.grad = torch.zeros_like(parameter) if held else None
+
+
+def _shared_positions(outline: Outline) -> dict[Any, set[int]]:
+    """Per kind of block, the arguments (by position) whose storage some other call was given as well."""
+    num_calls: dict[int, int] = {}
+    for call in outline.calls:
+        for key in {storage.cdata for storage in call.storages.values()}:
+            num_calls[key] = num_calls.get(key, 0) + 1
+    return {
+        call.kind: {position for position, storage in call.storages.items() if num_calls[storage.cdata] > 1}
+        for call in outline.calls
+    }
+
+
+def _assemble(
+    model: torch.nn.Module,
+    blocks: Sequence[Block],
+    outline: Outline,
+    moments: dict[str, Moment],
+    cost: OptimizerCost,
+    optimizer: torch.optim.Optimizer | None,
+    batch: Any,
+    hold_gradients: bool,
+) -> StepProgram:
+    shared = _shared_positions(outline)
+    kinds = list(outline.captures)
+    programs = tuple(outline.captures[kind].program(shared[kind]) for kind in kinds)
+    calls = outline.calls
+    first = outline.captures[calls[0].kind]
+    first_input_bytes = sum(
+        size for position, size in first.input_bytes.items() if position not in shared[calls[0].kind]
+    )
+    seconds = {name: moment.seconds for name, moment in moments.items()}
+    segments = {name: moment.segment for name, moment in moments.items()}
+    left_bytes = segments[END].start_bytes
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    return StepProgram(
+        programs=programs,
+        blocks=tuple(kinds.index(call.kind) for call in calls),
+        block_names=tuple(blocks[call.block].name for call in calls),
+        parameter_bytes=_storage_bytes(model.parameters()),
+        buffer_bytes=_storage_bytes(model.buffers()),
+        optimizer_bytes=max(cost.state_bytes, state_bytes(optimizer) if optimizer is not None else 0),
+        batch_bytes=_storage_bytes(tensors_in(batch)),
+        held_gradient_bytes=_storage_bytes(trainable) if hold_gradients else 0,
+        embedding_forward=Phase(
+            seconds=seconds[EMBEDDING_FORWARD],
+            peak_bytes=segments[EMBEDDING_FORWARD].peak_bytes,
+            left_bytes=max(0, segments[BLOCKS_FORWARD].start_bytes - first_input_bytes),
+        ),
+        head=Phase(
+            seconds=seconds[HEAD],
+            peak_bytes=segments[HEAD].peak_bytes,
+            left_bytes=max(0, segments[BLOCKS_BACKWARD].start_bytes - calls[-1].output_bytes),
+        ),
+        embedding_backward=Phase(
+            seconds=seconds[EMBEDDING_BACKWARD],
+            peak_bytes=segments[EMBEDDING_BACKWARD].peak_bytes,
+            left_bytes=left_bytes,
+        ),
+        optimizer_step=Phase(seconds=cost.seconds, peak_bytes=left_bytes + cost.peak_bytes, left_bytes=left_bytes),
+    )
+
+
+def _storage_bytes(tensors: Any) -> int:
+    """Bytes of the tensors' storages, each once."""
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def _assumptions(
+    outline: Outline,
+    step: StepProgram,
+    cost: OptimizerCost,
+    optimizer: torch.optim.Optimizer | None,
+    hold_gradients: bool,
+) -> tuple[str, ...]:
+    said = [
+        f"{len(outline.captures)} of {step.num_blocks} blocks measured for real, the others do the same",
+        "the model's output is held until backward is over",
+        "gradients stay allocated between steps" if hold_gradients else "gradients are set to None between steps",
+    ]
+    if optimizer is None:
+        said.append("no optimizer was given: its states and its step are not counted")
+    elif not cost.exact:
+        said.append(f"{type(optimizer).__name__}'s bytes are scaled up from a part of the parameters")
+    for capture in outline.captures.values():
+        if not capture.tape.steady:
+            said.append(f"{capture.name} keeps everything: {capture.tape.unsteady_reason}")
+        if capture.num_refuted:
+            said.append(f"{capture.name}: {capture.num_refuted} ops do not give the same bits again and are not replayed")
+        if capture.held_bytes:
+            said.append(f"{capture.name} holds {format_bytes(capture.held_bytes)} that only the allocator sees")
+    return tuple(said)

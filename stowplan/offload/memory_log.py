@@ -1,0 +1,135 @@
+"""Watching the live bytes of the device's allocator, moment by moment.
+
+On the CPU the truth is torch's own profiler: the allocator reports every allocation and free to it, including scratch
+inside kernels, in order. (The classic profiler backend: it is silent and keeps the order; its overhead is that of
+recording operator names.) On CUDA the caching allocator's own counters serve.
+
+Note: what the CPU log cannot see
+    Frees of memory that was allocated before the log began are not reported, and neither are allocations in threads
+    that the profiler does not follow. So whoever watches holds on to what was there before, or says when it goes
+    (``MemoryLog.freed``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+__all__ = ["CpuMemoryLog", "CudaMemoryLog", "MemoryLog", "Segment", "memory_log"]
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Live bytes between two marks, above what was alive when the log began."""
+
+    name: str
+    start_bytes: int
+    peak_bytes: int
+    end_bytes: int
+
+
+class MemoryLog(Protocol):
+    """Live bytes of one device while open. ``mark`` ends a segment and begins the next; ``segments`` is for after."""
+
+    segments: list[Segment]
+
+    def __enter__(self) -> MemoryLog: ...
+
+    def __exit__(self, *exception: object) -> None: ...
+
+    def mark(self, name: str) -> None: ...
+
+    def freed(self, num_bytes: int) -> None: ...
+
+
+def memory_log(device: torch.device) -> MemoryLog:
+    """The log for ``device``'s allocator."""
+    return CpuMemoryLog() if device.type == "cpu" else CudaMemoryLog(device)
+
+
+_MARK = "stowplan::mark::"
+_FREED = "stowplan::freed::"
+
+
+class CpuMemoryLog:
+    """torch's profiler memory events. No other profiler may be active in this thread."""
+
+    def __init__(self) -> None:
+        self.segments: list[Segment] = []
+
+    def __enter__(self) -> CpuMemoryLog:
+        profiler = torch._C._profiler
+        config = profiler.ProfilerConfig(
+            profiler.ProfilerState.CPU, False, True, False, False, False, profiler._ExperimentalConfig()
+        )
+        torch._C._autograd._enable_profiler_legacy(config)
+        self.mark("start")
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.segments = _read_segments(torch._C._autograd._disable_profiler_legacy())
+
+    def mark(self, name: str) -> None:
+        with torch.autograd.profiler.record_function(_MARK + name):
+            pass
+
+    def freed(self, num_bytes: int) -> None:
+        """Memory from before the log has gone."""
+        with torch.autograd.profiler.record_function(f"{_FREED}{num_bytes}"):
+            pass
+
+
+def _read_segments(threads: list[list[Any]]) -> list[Segment]:
+    """Fold the profiler's events, thread by thread in order of time, into segments."""
+    events = (event for events in threads for event in events)
+    if len(threads) > 1:
+        origin = threads[0][0]
+        events = iter(sorted(events, key=lambda event: float(origin.cpu_elapsed_us(event))))
+    segments: list[Segment] = []
+    name, live, start, peak = "", 0, 0, 0
+    for event in events:
+        if event.kind() == "memory_alloc":
+            live += event.cpu_memory_usage()
+            peak = max(peak, live)
+        elif event.kind() == "push" and event.name().startswith(_MARK):
+            if name:
+                segments.append(Segment(name, start, peak, live))
+            name, start, peak = event.name()[len(_MARK) :], live, live
+        elif event.kind() == "push" and event.name().startswith(_FREED):
+            live -= int(event.name()[len(_FREED) :])
+    segments.append(Segment(name, start, peak, live))
+    return segments
+
+
+class CudaMemoryLog:
+    """The caching allocator's counters of allocated (not reserved) bytes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.segments: list[Segment] = []
+
+    def __enter__(self) -> CudaMemoryLog:
+        self._origin = self._start = torch.cuda.memory_allocated(self.device)
+        self._name = "start"
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._end_segment()
+
+    def mark(self, name: str) -> None:
+        self._end_segment()
+        self._name = name
+
+    def freed(self, num_bytes: int) -> None:
+        """Nothing to add: the counters see every free."""
+
+    def _end_segment(self) -> None:
+        live = torch.cuda.memory_allocated(self.device)
+        peak = torch.cuda.max_memory_allocated(self.device)
+        origin = self._origin
+        self.segments.append(Segment(self._name, self._start - origin, peak - origin, live - origin))
+        self._start = live
+        torch.cuda.reset_peak_memory_stats(self.device)
