@@ -99,18 +99,6 @@ def _reset_gradients(model: torch.nn.Module, hold_gradients: bool) -> None:
         parameter.grad = torch.zeros_like(parameter) if held else None
 
 
-def _shared_positions(outline: Outline) -> dict[Any, set[int]]:
-    """Per kind of block, the arguments (by position) whose storage some other call was given as well."""
-    num_calls: dict[int, int] = {}
-    for call in outline.calls:
-        for key in {storage.cdata for storage in call.storages.values()}:
-            num_calls[key] = num_calls.get(key, 0) + 1
-    return {
-        call.kind: {position for position, storage in call.storages.items() if num_calls[storage.cdata] > 1}
-        for call in outline.calls
-    }
-
-
 def _assemble(
     model: torch.nn.Module,
     blocks: Sequence[Block],
@@ -121,7 +109,7 @@ def _assemble(
     batch: Any,
     hold_gradients: bool,
 ) -> StepProgram:
-    shared = _shared_positions(outline)
+    shared = outline.shared_positions()
     kinds = list(outline.captures)
     programs = tuple(outline.captures[kind].program(shared[kind]) for kind in kinds)
     calls = outline.calls

@@ -17,6 +17,8 @@ from typing import Any, Protocol
 
 import torch
 
+from stowplan.core.errors import InvalidArgument
+
 __all__ = ["CpuMemoryLog", "CudaMemoryLog", "MemoryLog", "Segment", "memory_log"]
 
 
@@ -60,6 +62,11 @@ class CpuMemoryLog:
         self.segments: list[Segment] = []
 
     def __enter__(self) -> CpuMemoryLog:
+        if torch.autograd._profiler_enabled():
+            raise InvalidArgument(
+                "a torch profiler (or another stowplan.measure) is active in this thread, and live bytes on the CPU are "
+                "read from the same events: end it first. With wrap(), run the step that plans before measuring."
+            )
         profiler = torch._C._profiler
         config = profiler.ProfilerConfig(
             profiler.ProfilerState.CPU, False, True, False, False, False, profiler._ExperimentalConfig()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -60,6 +60,7 @@ class Outline:
     _templates: dict[Any, Any] = field(default_factory=dict)
     _mark: Callable[[str], None] = lambda name: None
     _num_expected: int = -1
+    _shared: dict[Any, set[int]] = field(default_factory=dict)
 
     def explore(self, forward: Callable[[], Any], loss_of: Callable[[Any], torch.Tensor]) -> None:
         """Fill ``captures`` and ``calls``. Raises UnsupportedModel if blocks are called twice, or none is called."""
@@ -71,6 +72,7 @@ class Outline:
     def measure(self, forward: Callable[[], Any], loss_of: Callable[[Any], torch.Tensor]) -> dict[str, Moment]:
         """Bytes and seconds of the parts outside the blocks, by name."""
         order = [call.block for call in self.calls]
+        self._shared = self.shared_positions()
         self.calls = []
         self._num_expected = len(order)
         times: list[float] = []
@@ -142,11 +144,33 @@ class Outline:
         storages = {i: StorageWeakRef(tensor.untyped_storage()) for i, tensor in tensors.items()}
         first, last = not self.calls, len(self.calls) + 1 == self._num_expected
         marks = [name for name, due in ((BLOCKS_BACKWARD, last), (EMBEDDING_BACKWARD, first)) if due]
-        output = _stand_in(self._templates[kind], list(tensors.values()), self.device, lambda: [*map(self._mark, marks)])
+        # A block's graph keeps the shared arguments that it saves (masks, rotary tables); so must what stands for it.
+        held = [tensors[position] for position in self._held_positions(kind) if position in tensors]
+
+        def on_backward() -> None:
+            held.clear()
+            for name in marks:
+                self._mark(name)
+
+        output = _stand_in(self._templates[kind], list(tensors.values()), self.device, on_backward)
         self.calls.append(Call(number, kind, storages, self.captures[kind].output_gradient_bytes))
         if last:
             self._mark(HEAD)
         return output
+
+
+    def shared_positions(self) -> dict[Any, set[int]]:
+        """Per kind of block, the arguments (by position) whose storage some other call was given as well."""
+        num_calls = Counter(key for call in self.calls for key in {s.cdata for s in call.storages.values()})
+        return {
+            call.kind: {position for position, storage in call.storages.items() if num_calls[storage.cdata] > 1}
+            for call in self.calls
+        }
+
+    def _held_positions(self, kind: Any) -> set[int]:
+        tape = self.captures[kind].tape
+        saved = {tape.values[slot.value].position for slot in tape.slots}
+        return saved & self._shared.get(kind, set())
 
 
 class _StandIn(torch.autograd.Function):

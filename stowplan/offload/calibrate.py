@@ -1,0 +1,141 @@
+"""Measuring the machine at hand: link speeds and rough compute rates, and how much memory there is to plan with."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import torch
+
+from stowplan.core.errors import InvalidArgument, MissingDependency
+from stowplan.core.hardware import Hardware
+from stowplan.core.units import GIB, MIB
+from stowplan.offload.block_capture import synchronize
+from stowplan.offload.copies import PlainCopies
+from stowplan.offload.host_slab import HostSlab
+
+__all__ = ["RESERVE_BYTES", "device_budget_bytes", "host_budget_bytes", "measure_hardware"]
+
+# Kept free of budget="auto": allocator fragmentation, library workspaces, NCCL buffers.
+RESERVE_BYTES = GIB
+# Share of the free host memory that host_budget="auto" leaves to data loaders, page cache and other processes.
+_HOST_RESERVE = 0.2
+_PROBE_BYTES = 64 * MIB
+_PROBE_WIDTH = 1024
+
+
+def measure_hardware(device: torch.device) -> Hardware:
+    """Describe ``device`` by a few short probes (well under a second)."""
+    copies = PlainCopies(HostSlab(_PROBE_BYTES, pinned=device.type == "cuda"))
+    probe = torch.ones(_PROBE_BYTES // 4, device=device)
+    square = torch.ones(_PROBE_WIDTH, _PROBE_WIDTH, device=device)
+    ticket = copies.to_host(probe)
+    to_device = _median_seconds(lambda: copies.to_device(ticket), device)
+    copies.release(ticket)
+    return Hardware(
+        name=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        device_type=device.type,
+        device_bytes=_device_bytes(device),
+        matmul_flops_per_second=2 * _PROBE_WIDTH**3 / _median_seconds(lambda: square @ square, device),
+        memory_bytes_per_second=2 * _PROBE_BYTES / _median_seconds(lambda: probe.add_(1), device),
+        to_host_bytes_per_second=_PROBE_BYTES / _median_seconds(lambda: copies.release(copies.to_host(probe)), device),
+        to_device_bytes_per_second=_PROBE_BYTES / to_device,
+    )
+
+
+def _median_seconds(action: Callable[[], object], device: torch.device) -> float:
+    times = []
+    for _ in range(4):
+        synchronize(device)
+        start = time.perf_counter()
+        action()
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    return sorted(times[1:])[1]
+
+
+def _device_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return _memory_limit_bytes()
+
+
+def device_budget_bytes(device: torch.device) -> int:
+    """``budget="auto"``: what this process may still allocate on ``device``, less ``RESERVE_BYTES``.
+
+    On CUDA NVML says what is free; what torch has reserved already counts as ours. On the CPU it is the memory that is
+    available within the cgroup's limit, and what the model holds already counts as ours.
+
+    Raises MissingDependency if NVML's Python package is missing, InvalidArgument if nothing is left.
+    """
+    if device.type == "cuda":
+        usable = _nvml_free_bytes(device) + torch.cuda.memory_reserved(device)
+    else:
+        usable = _available_host_bytes() + psutil.Process().memory_info().rss
+    budget = usable - RESERVE_BYTES
+    if budget <= 0:
+        raise InvalidArgument(
+            f'budget="auto" finds {usable} bytes on {device}, which is less than the reserve of {RESERVE_BYTES}; free '
+            f"memory, or say budget= in bytes."
+        )
+    return budget
+
+
+def _nvml_free_bytes(device: torch.device) -> int:
+    try:
+        import pynvml
+    except ImportError:
+        raise MissingDependency(
+            'budget="auto" on CUDA needs NVML: pip install "stowplan[cuda]", or say budget= in bytes.'
+        ) from None
+    pynvml.nvmlInit()
+    try:
+        uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+        return int(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByUUID(uuid)).free)
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def host_budget_bytes() -> int:
+    """``host_budget="auto"``: available host memory within the cgroup's limit, less a fifth for everything else."""
+    return int(_available_host_bytes() * (1 - _HOST_RESERVE))
+
+
+def _memory_limit_bytes() -> int:
+    limits = [psutil.virtual_memory().total, *(limit for limit, _ in _cgroups())]
+    return min(limits)
+
+
+def _available_host_bytes() -> int:
+    available = [psutil.virtual_memory().available, *(limit - used for limit, used in _cgroups())]
+    return max(0, min(available))
+
+
+def _cgroups(root: Path = Path("/sys/fs/cgroup")) -> list[tuple[int, int]]:
+    """(limit, use) in bytes of this process's memory cgroups, from its own up; empty where there are no limits."""
+    found = []
+    for line in _read(Path("/proc/self/cgroup")).splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            base, limit_name, use_name = root, "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            base, limit_name, use_name = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        group = base / path.lstrip("/")
+        for folder in (group, *group.parents):
+            limit, used = _read(folder / limit_name).strip(), _read(folder / use_name).strip()
+            if limit.isdigit() and used.isdigit():
+                found.append((int(limit), int(used)))
+            if folder == base:
+                break
+    return found
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""

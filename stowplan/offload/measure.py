@@ -1,0 +1,123 @@
+"""What real steps take: highest live bytes, seconds, bytes swapped and recomputed, step by step."""
+
+from __future__ import annotations
+
+import gc
+import time
+import weakref
+from typing import Any
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils._pytree import tree_iter
+
+from stowplan.core.errors import InvalidArgument
+from stowplan.core.plan import Measurement
+from stowplan.offload.block_capture import synchronize
+from stowplan.offload.memory_log import memory_log
+from stowplan.offload.tape.run import Counters
+
+__all__ = ["Meter"]
+
+
+class Meter:
+    """A context around training steps of ``model``; ``measurement`` is there after it.
+
+    A step begins with the model's first forward after an optimizer step (or with every forward, while no optimizer
+    steps), so accumulated micro-batches are one step. Bytes: on the CPU those of the model, of the optimizers that step
+    its parameters, and of all that is allocated inside the context; on CUDA all that the process has allocated.
+    """
+
+    def __init__(self, model: torch.nn.Module, counters: Counters) -> None:
+        self.model = model
+        self.counters = counters
+        self._device = next(model.parameters()).device
+        self._log = memory_log(self._device)
+        self._measurement: Measurement | None = None
+        self._starts: list[float] = []
+        self._moved: list[tuple[int, int]] = []
+        self._stepped = True
+
+    @property
+    def measurement(self) -> Measurement:
+        """Raises InvalidArgument while the context is open, or if no step was run in it."""
+        if self._measurement is None:
+            raise InvalidArgument("there is no measurement yet: it is there after the measure() block, which ran no step.")
+        return self._measurement
+
+    def __enter__(self) -> Meter:
+        self._base_bytes = self._bytes_at_entry()
+        self._hooks = [
+            self.model.register_forward_pre_hook(self._on_forward),
+            register_optimizer_step_post_hook(self._on_optimizer_step),
+        ]
+        self._log.__enter__()
+        self._watch_gradients()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        synchronize(self._device)
+        end = time.perf_counter()
+        for hook in self._hooks:
+            hook.remove()
+        for finalizer in self._finalizers:
+            finalizer.detach()
+        self._log.__exit__(*exception)
+        if not self._starts:
+            return
+        ends = [*self._starts[1:], end]
+        moved = [*self._moved, (self.counters.swapped_bytes, self.counters.recomputed_bytes)]
+        peaks = [segment.peak_bytes for segment in self._log.segments if segment.name == "step"]
+        self._measurement = Measurement(
+            step_seconds=tuple(b - a for a, b in zip(self._starts, ends, strict=True)),
+            peak_bytes=tuple(self._base_bytes + peak for peak in peaks),
+            swapped_bytes=tuple(b[0] - a[0] for a, b in zip(moved, moved[1:], strict=False)),
+            recomputed_bytes=tuple(b[1] - a[1] for a, b in zip(moved, moved[1:], strict=False)),
+            source="torch profiler memory events" if self._device.type == "cpu" else "CUDA caching allocator",
+        )
+
+    def _on_forward(self, module: torch.nn.Module, args: Any) -> None:
+        if not torch.is_grad_enabled() or not self._stepped:
+            return
+        self._stepped = not self._has_optimizer
+        synchronize(self._device)
+        self._starts.append(time.perf_counter())
+        self._moved.append((self.counters.swapped_bytes, self.counters.recomputed_bytes))
+        self._log.mark("step")
+
+    def _on_optimizer_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self._stepped = True
+
+    def _bytes_at_entry(self) -> int:
+        """Bytes of what the log cannot see because it was there before."""
+        optimizers = _optimizers_of(self.model)
+        self._has_optimizer = bool(optimizers)
+        if self._device.type != "cpu":
+            return torch.cuda.memory_allocated(self._device)
+        tensors: list[Any] = [*self.model.parameters(), *self.model.buffers()]
+        tensors += [p.grad for p in self.model.parameters() if p.grad is not None]
+        tensors += [leaf for optimizer in optimizers for leaf in tree_iter(list(optimizer.state.values()))]
+        storages = {
+            t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors if isinstance(t, torch.Tensor)
+        }
+        return sum(storages.values())
+
+    def _watch_gradients(self) -> None:
+        """Gradients from before may go at the next ``zero_grad``; the log does not see that by itself."""
+        self._finalizers = []
+        if self._device.type == "cpu":
+            for parameter in self.model.parameters():
+                if parameter.grad is not None:
+                    size = parameter.grad.untyped_storage().nbytes()
+                    self._finalizers.append(weakref.finalize(parameter.grad, self._log.freed, size))
+
+
+def _optimizers_of(model: torch.nn.Module) -> list[torch.optim.Optimizer]:
+    """The live optimizers that step parameters of ``model``."""
+    own = {id(parameter) for parameter in model.parameters()}
+    return [
+        candidate
+        for candidate in gc.get_objects()
+        if issubclass(type(candidate), torch.optim.Optimizer)
+        and any(id(p) in own for group in candidate.param_groups for p in group["params"])
+    ]
