@@ -106,7 +106,7 @@ class PlannedBlock:
         run = Run(self.copies, self.counters)
         run.follow(course, leaves, self._parameter_of, position)
         try:
-            with torch.autograd.graph.saved_tensors_hooks(run.pack, unpack):
+            with torch.autograd.graph.saved_tensors_hooks(run.packer(), unpack):
                 output = forward(*args, **kwargs)
             run.seal()
         except Departure:

@@ -35,6 +35,7 @@ class SlotCourse(NamedTuple):
     stride: tuple[int, ...]
     geometry: Geometry
     source: bool  # the replay starts from it, so the run keeps it too
+    outlives: bool  # made before the node that saves it, so that keeping it as it is closes no circle of references
 
 
 class Course:
@@ -57,6 +58,7 @@ class Course:
                 slot.geometry.stride,
                 slot.geometry,
                 slot.value in sources,
+                not slot.newest and slot.value not in sources,
             )
             for slot in tape.slots
         )

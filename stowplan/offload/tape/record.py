@@ -69,7 +69,10 @@ class Recorder(TorchDispatchMode):
         if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
             self.tape.forbid_steady(f"autograd saves a {type(tensor).__name__}")
             return None
-        slot = Slot(*self._ref(tensor))
+        ref = self._ref(tensor)
+        newest = self.tape.values[ref.value].writers[-1] == len(self.tape.ops) - 1
+        custom = isinstance(tensor.grad_fn, torch.autograd.function.BackwardCFunction)  # saves after its last op
+        slot = Slot(*ref, newest=newest or custom)
         self.tape.slots.append(slot)
         return slot
 

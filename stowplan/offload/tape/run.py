@@ -25,6 +25,8 @@ from stowplan.offload.tape.replay import view_of
 from stowplan.offload.tape.rng import Position
 from stowplan.offload.tape.tape import Geometry
 
+_PASS, _KEEP, _SWAP = Fate.PASS, Fate.KEEP, Fate.SWAP
+
 __all__ = ["Cell", "Counters", "Departure", "Run", "unpack"]
 
 
@@ -85,7 +87,7 @@ class Cell:
 
 
 class Run:
-    """One forward call. ``pack`` and ``seal`` belong to forward; ``unpack`` has ``restore`` called in backward.
+    """One forward call. ``packer`` and ``seal`` belong to forward; ``unpack`` has ``restore`` called in backward.
 
     A call whose tape is known follows its ``course`` from the start; one that is being recorded holds everything
     (``pack_recording``) until ``adopt`` or ``keep_all``.
@@ -121,32 +123,40 @@ class Run:
         self.versions.append((tensor, tensor._version, value))
 
     # ---- forward --------------------------------------------------------------------------------------------------
-    def pack(self, tensor: torch.Tensor) -> Any:
-        """What autograd keeps in place of ``tensor``. Raises Departure where the tape says something else."""
-        number = self.num_packed
-        self.num_packed = number + 1
-        try:
-            value, fate, dtype, size, stride, geometry, source = self.course.slots[number]
-        except IndexError:
-            raise Departure(f"more than {number} saved tensors") from None
-        if tensor.shape != size or tensor.dtype is not dtype or tensor.stride() != stride:
-            raise Departure(f"saved tensor {number} is {tuple(tensor.shape)} {tensor.dtype}, not {size} {dtype}")
-        if fate is Fate.PASS:
-            return tensor, tensor._version
-        if fate is Fate.KEEP:
-            kept = tensor.detach()  # a node that saves its own output would keep itself alive
-            if source and value not in self.sources:
-                self._hold(value, kept)
-            return kept, kept._version
-        cell = self.cells.get(value)
-        if cell is None:
-            cell = self.cells[value] = Cell(self, value)
-            if fate is Fate.SWAP:
-                self.departing[value] = tensor.detach()
-        return cell, geometry
+    def packer(self) -> Callable[[torch.Tensor], Any]:
+        """The hook that gives what autograd keeps in place of a tensor; one flat function, as it runs for every slot.
+
+        It raises Departure where the tape says something else.
+        """
+        course, cells, departing = self.course, self.cells, self.departing
+        slots = iter(course.slots)
+
+        def pack(tensor: torch.Tensor) -> Any:
+            try:
+                value, fate, dtype, size, stride, geometry, source, outlives = next(slots)
+            except StopIteration:
+                raise Departure(f"more than {len(course.slots)} saved tensors") from None
+            if tensor.shape != size or tensor.dtype is not dtype or tensor.stride() != stride:
+                raise Departure(f"{tuple(tensor.shape)} {tensor.dtype} is saved where the tape has {size} {dtype}")
+            self.num_packed += 1
+            if fate is _PASS:
+                return tensor, tensor._version
+            if fate is _KEEP:
+                kept = tensor if outlives else tensor.detach()
+                if source and value not in self.sources:
+                    self._hold(value, kept)
+                return kept, kept._version
+            cell = cells.get(value)
+            if cell is None:
+                cell = cells[value] = Cell(self, value)
+                if fate is _SWAP:
+                    departing[value] = tensor.detach()
+            return cell, geometry
+
+        return pack
 
     def pack_recording(self, tensor: torch.Tensor, value: int, geometry: Geometry) -> Any:
-        """Like ``pack``, while the tape is still being written: everything is held until ``adopt``."""
+        """Like ``packer``'s hook, while the tape is still being written: everything is held until ``adopt``."""
         cell = self.cells.get(value)
         if cell is None or cell.version != tensor._version:
             cell = self.cells[value] = Cell(self, value)
@@ -155,7 +165,7 @@ class Run:
         return cell, geometry
 
     def adopt(self) -> None:
-        """Turn what ``pack_recording`` held into what ``pack`` would have made of it under the run's course."""
+        """Turn what ``pack_recording`` held into what ``packer`` would have made of it under the run's course."""
         course = self.course
         self.num_packed = len(course.slots)
         for value, cell in list(self.cells.items()):
@@ -225,16 +235,18 @@ class Run:
 
 
 def unpack(packed: Any) -> torch.Tensor:
-    """The tensor that ``Run.pack`` was given."""
+    """The tensor that a pack hook was given."""
     first, rest = packed
     if type(first) is Cell:
-        if first.tensor is None:
+        tensor = first.tensor
+        if tensor is None:
             assert first.run is not None
             first.run.restore()
-            assert first.tensor is not None
-        if first.version is not None and first.tensor._version != first.version:
-            raise _modified(first.tensor, first.version)
-        return view_of(first.tensor, rest)
+            tensor = first.tensor
+            assert tensor is not None
+        if first.version is not None and tensor._version != first.version:
+            raise _modified(tensor, first.version)
+        return view_of(tensor, rest)
     if first._version != rest:
         raise _modified(first, rest)
     return first  # type: ignore[no-any-return]

@@ -52,6 +52,7 @@ class Slot(NamedTuple):
     value: int
     version: int
     geometry: Geometry
+    newest: bool  # the latest op made it: it may be an output of the very node that saves it
 
 
 @dataclass(slots=True)
