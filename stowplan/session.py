@@ -30,11 +30,11 @@ from stowplan.offload.measure import Meter
 from stowplan.offload.tape.run import Counters
 from stowplan.reports import text
 
-__all__ = ["AppliedPlan", "Meter", "applied", "apply", "measure", "plan", "report", "wrap"]
+__all__ = ["AppliedPlan", "Meter", "applied", "apply", "measure", "plan", "replan", "report", "wrap"]
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 Size = int | str
-LossFunction = Callable[[Any, Any], torch.Tensor]
+LossFunction = Callable[[Any, Any], Any]
 
 # Room for the 64-byte alignment of each swapped value in the host slab.
 _SLAB_ALIGNMENT = 64
@@ -55,6 +55,7 @@ def plan(
     solver: str = "HiGHS",
     time_limit_seconds: float = 5.0,
     hold_gradients: bool = False,
+    hold_output: bool = True,
     on_progress: Callable[[str], None] | None = None,
 ) -> Plan:
     """Decide what each block of ``model`` keeps, swaps and recomputes, for the least step time within the budgets.
@@ -73,6 +74,8 @@ def plan(
         solver: a PuLP solver by name.
         time_limit_seconds: for solving; capture comes on top.
         hold_gradients: gradients stay allocated between steps (accumulation, ``zero_grad(set_to_none=False)``).
+        hold_output: the loop holds the model's output (its logits) until backward is over, as after
+            ``output = model(batch)``; False for loops that keep the loss alone.
         on_progress: called with a line of text as the work goes on.
 
     Raises:
@@ -94,7 +97,8 @@ def plan(
         solver=solver,
         time_limit_seconds=time_limit_seconds,
         hold_gradients=hold_gradients,
-        on_progress=on_progress or (lambda message: None),
+        hold_output=hold_output,
+        on_progress=on_progress if on_progress is not None else lambda message: None,
     )
 
 
@@ -112,6 +116,7 @@ def _plan(
     solver: str,
     time_limit_seconds: float,
     hold_gradients: bool,
+    hold_output: bool,
     on_progress: Callable[[str], None],
 ) -> Plan:
     from stowplan.planner.activations import solve
@@ -130,6 +135,7 @@ def _plan(
         optimizer=optimizer,
         batch=batch,
         hold_gradients=hold_gradients,
+        hold_output=hold_output,
         on_progress=on_progress,
     )
     on_progress("solving")
@@ -162,6 +168,47 @@ def _plan(
     )
 
 
+def replan(
+    plan: Plan,
+    *,
+    budget: Size,
+    host_budget: Size | None = None,
+    solver: str = "HiGHS",
+    time_limit_seconds: float = 5.0,
+    on_progress: Callable[[str], None] | None = None,
+) -> Plan:
+    """Decide anew for other budgets, from what ``plan`` captured: no model, no batch, no device is needed.
+
+    ``host_budget`` defaults to the plan's own. Raises as ``plan`` does.
+    """
+    from stowplan.planner.activations import solve
+
+    device_bytes = parse_bytes(budget, "budget")
+    host_bytes = plan.host_budget_bytes if host_budget is None else parse_bytes(host_budget, "host_budget")
+    answer = solve(
+        plan.step,
+        plan.hardware,
+        device_bytes,
+        host_bytes,
+        solver=solver,
+        time_limit_seconds=time_limit_seconds,
+        on_progress=on_progress,
+    )
+    return replace(
+        plan,
+        budget_bytes=device_bytes,
+        host_budget_bytes=host_bytes,
+        decisions=answer.decisions,
+        prediction=answer.prediction,
+        unplanned=answer.unplanned,
+        solution=answer.solution,
+        least_budget_bytes=answer.least_budget_bytes,
+        baselines=answer.baselines,
+        declined=answer.declined,
+        measurement=None,
+    )
+
+
 def _standing_assumptions(device: torch.device) -> Iterator[str]:
     yield "bytes are those of live tensors and kernels' scratch; the allocator's fragmentation comes on top"
     yield "copies to and from the host stop compute: they are not overlapped yet"
@@ -190,7 +237,8 @@ class _Batch:
         return self.model(*self.batch)
 
     def loss_of(self, output: Any) -> torch.Tensor:
-        loss = self.loss_fn(output, self.batch) if self.loss_fn is not None else _own_loss(output)
+        """The scalar to differentiate. Raises InvalidArgument where there is none."""
+        loss: Any = self.loss_fn(output, self.batch) if self.loss_fn is not None else _own_loss(output)
         if loss is None:
             raise InvalidArgument(
                 f"the model's output ({type(output).__name__}) has no loss to differentiate; give loss_fn=, a function "
@@ -234,7 +282,8 @@ def _device_of(model: torch.nn.Module) -> torch.device:
 
 
 def _describe(batch: Any) -> str:
-    items = batch.items() if isinstance(batch, Mapping) else enumerate([batch] if isinstance(batch, torch.Tensor) else batch)
+    arguments = (batch,) if isinstance(batch, torch.Tensor) else batch
+    items = arguments.items() if isinstance(arguments, Mapping) else enumerate(arguments)
     shapes = [
         f"{name} {'x'.join(map(str, tensor.shape))} {str(tensor.dtype).removeprefix('torch.')}"
         for name, item in items
@@ -337,6 +386,7 @@ def wrap(
     loss_fn: LossFunction | None = None,
     blocks: Blocks = None,
     hold_gradients: bool = False,
+    hold_output: bool = True,
 ) -> Model:
     """Plan at the first batch and carry the plan out from then on; gives the same model back.
 
@@ -354,7 +404,7 @@ def wrap(
             parse_bytes(size, name)
     refuse_unsupported(model, find_blocks(model, blocks))
     options = {"budget": budget, "host_budget": host_budget, "optimizer": optimizer, "blocks": blocks}
-    _Wrapper(model, loss_fn, {**options, "hold_gradients": hold_gradients})
+    _Wrapper(model, loss_fn, {**options, "hold_gradients": hold_gradients, "hold_output": hold_output})
     return model
 
 

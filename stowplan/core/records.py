@@ -43,9 +43,13 @@ def from_plain(kind: Any, plain: Any, path: str = "$") -> Any:
             return tuple(from_plain(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(items))
         if len(items) != len(arguments):
             raise RecordError(f"{path}: {len(items)} items where {len(arguments)} are expected")
-        return tuple(from_plain(a, item, f"{path}[{i}]") for i, (a, item) in enumerate(zip(arguments, items, strict=True)))
+        return tuple(
+            from_plain(a, item, f"{path}[{i}]") for i, (a, item) in enumerate(zip(arguments, items, strict=True))
+        )
     if origin is dict:
-        return {key: from_plain(arguments[1], item, f"{path}.{key}") for key, item in _expect(dict, plain, path).items()}
+        return {
+            key: from_plain(arguments[1], item, f"{path}.{key}") for key, item in _expect(dict, plain, path).items()
+        }
     if dataclasses.is_dataclass(kind):
         return _dataclass_from_plain(kind, _expect(dict, plain, path), path)
     if isinstance(kind, type) and issubclass(kind, enum.Enum):
@@ -54,7 +58,10 @@ def from_plain(kind: Any, plain: Any, path: str = "$") -> Any:
         except ValueError:
             raise RecordError(f"{path}: {plain!r} is none of {', '.join(repr(m.value) for m in kind)}") from None
     if kind is float and isinstance(plain, int) and not isinstance(plain, bool):
-        return float(plain)
+        try:
+            return float(plain)
+        except OverflowError:
+            raise RecordError(f"{path}: the number is too large") from None
     return _expect(kind, plain, path)
 
 

@@ -30,12 +30,10 @@ def _flatten(tree: Any, leaves: list[Any]) -> None:
         leaves.append(tree)
 
 
-def flatten_named(
-    forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> list[tuple[str, Any]]:
+def flatten_named(forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[str, Any]]:
     """As ``flatten``, each leaf with its name in ``forward``'s signature (``position_embeddings.0``)."""
     names = [name for name in inspect.signature(forward).parameters if name != "self"]
-    positional = {name: argument for name, argument in zip(names, args, strict=False)}
+    positional = dict(zip(names, args, strict=False))
     rest = {f"args.{i}": argument for i, argument in enumerate(args[len(positional) :])}
     return [leaf for name, tree in (positional | rest | kwargs).items() for leaf in _named_leaves(name, tree)]
 

@@ -70,9 +70,7 @@ def _stacks(model: torch.nn.Module) -> list[tuple[str, list[Block]]]:
         commonest = Counter(type(module) for _, module in children).most_common(1)
         if commonest and commonest[0][1] >= 2:
             prefix = f"{name}." if name else ""
-            stacks.append(
-                (name, [Block(prefix + child, m) for child, m in children if type(m) is commonest[0][0]])
-            )
+            stacks.append((name, [Block(prefix + child, m) for child, m in children if type(m) is commonest[0][0]]))
     return stacks
 
 

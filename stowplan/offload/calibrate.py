@@ -104,13 +104,12 @@ def host_budget_bytes() -> int:
 
 
 def _memory_limit_bytes() -> int:
-    limits = [psutil.virtual_memory().total, *(limit for limit, _ in _cgroups())]
-    return min(limits)
+    return min(int(psutil.virtual_memory().total), *(limit for limit, _ in _cgroups()), 2**63)
 
 
 def _available_host_bytes() -> int:
-    available = [psutil.virtual_memory().available, *(limit - used for limit, used in _cgroups())]
-    return max(0, min(available))
+    available = int(psutil.virtual_memory().available)
+    return max(0, min(available, *(limit - used for limit, used in _cgroups()), 2**63))
 
 
 def _cgroups(root: Path = Path("/sys/fs/cgroup")) -> list[tuple[int, int]]:

@@ -45,6 +45,7 @@ def capture(
     optimizer: torch.optim.Optimizer | None,
     batch: Any,
     hold_gradients: bool = False,
+    hold_output: bool = True,
     on_progress: Callable[[str], None] = lambda message: None,
 ) -> Capture:
     """Run parts of one step of ``model`` for real and describe the whole of it.
@@ -57,13 +58,14 @@ def capture(
         optimizer: its steady states and its step are counted; None leaves them out.
         batch: the batch, whose tensors count as alive all step.
         hold_gradients: gradients are alive throughout the step (accumulation, ``set_to_none=False``).
+        hold_output: the output is alive until backward is over.
 
     Raises:
         UnsupportedModel: compiled or self-checkpointing blocks, blocks called twice, or none called.
     """
     refuse_unsupported(model, blocks)
     device = next(model.parameters()).device
-    outline = Outline(blocks, device, hold_gradients, on_progress)
+    outline = Outline(blocks, device, hold_gradients, hold_output, on_progress)
     with _untouched(model):
         _reset_gradients(model, hold_gradients)
         outline.explore(forward, loss_of)
@@ -73,7 +75,7 @@ def capture(
     on_progress("measuring the optimizer")
     cost = optimizer_cost(optimizer)
     step = _assemble(model, blocks, outline, moments, cost, optimizer, batch, hold_gradients)
-    return Capture(step, _assumptions(outline, step, cost, optimizer, hold_gradients))
+    return Capture(step, _assumptions(outline, step, cost, optimizer))
 
 
 @contextmanager
@@ -159,12 +161,13 @@ def _assumptions(
     step: StepProgram,
     cost: OptimizerCost,
     optimizer: torch.optim.Optimizer | None,
-    hold_gradients: bool,
 ) -> tuple[str, ...]:
     said = [
         f"{len(outline.captures)} of {step.num_blocks} blocks measured for real, the others do the same",
-        "the model's output is held until backward is over",
-        "gradients stay allocated between steps" if hold_gradients else "gradients are set to None between steps",
+        f"the model's output is {'held until backward is over' if outline.hold_output else 'dropped before backward'}",
+        "gradients stay allocated between steps"
+        if outline.hold_gradients
+        else "gradients are set to None between steps",
     ]
     if optimizer is None:
         said.append("no optimizer was given: its states and its step are not counted")
@@ -174,7 +177,9 @@ def _assumptions(
         if not capture.tape.steady:
             said.append(f"{capture.name} keeps everything: {capture.tape.unsteady_reason}")
         if capture.num_refuted:
-            said.append(f"{capture.name}: {capture.num_refuted} ops do not give the same bits again and are not replayed")
+            said.append(
+                f"{capture.name}: {capture.num_refuted} ops do not give the same bits again and are not replayed"
+            )
         if capture.held_bytes:
             said.append(f"{capture.name} holds {format_bytes(capture.held_bytes)} that only the allocator sees")
     return tuple(said)

@@ -18,8 +18,8 @@ from stowplan.offload.arguments import flatten, signature
 from stowplan.offload.blocks import Block, refuse_unsupported
 from stowplan.offload.copies import CopyEngine
 from stowplan.offload.intercept import Forward, Interception
-from stowplan.offload.tape.course import Course, allowed_actions
 from stowplan.offload.recording import devices_of, parameter_of, record_call
+from stowplan.offload.tape.course import Course, allowed_actions
 from stowplan.offload.tape.rng import draw_position, set_position
 from stowplan.offload.tape.run import Counters, Departure, Run, unpack
 from stowplan.offload.tape.tape import Tape
@@ -63,9 +63,7 @@ class Engine:
 class PlannedBlock:
     """One block under a plan."""
 
-    def __init__(
-        self, block: Block, planned: Mapping[str, Action], copies: CopyEngine, counters: Counters
-    ) -> None:
+    def __init__(self, block: Block, planned: Mapping[str, Action], copies: CopyEngine, counters: Counters) -> None:
         self.name, self.module = block
         self.planned = dict(planned)
         self.copies = copies
@@ -119,9 +117,7 @@ class PlannedBlock:
         self.counters.steady_calls += 1
         return output
 
-    def _record(
-        self, key: tuple[Any, ...], forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def _record(self, key: tuple[Any, ...], forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         recording = record_call(self.module, forward, args, kwargs, self.copies, self.counters)
         self.counters.recorded_calls += 1
         tape, run = recording.recorder.finish(), recording.run
@@ -143,7 +139,9 @@ class PlannedBlock:
         """The planned actions by value. Values that the plan does not know are kept."""
         allowed = allowed_actions(tape)
         names = {tape.values[v].name: v for v in allowed}
-        missing = sorted(name for name, action in self.planned.items() if action is not Action.KEEP and name not in names)
+        missing = sorted(
+            name for name, action in self.planned.items() if action is not Action.KEEP and name not in names
+        )
         if missing and not self.courses:
             raise PlanMismatch(
                 f"{self.name} does not save {missing[0]!r}, which the plan decides on (it saves: "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import time
 import weakref
 from typing import Any
@@ -42,7 +43,9 @@ class Meter:
     def measurement(self) -> Measurement:
         """Raises InvalidArgument while the context is open, or if no step was run in it."""
         if self._measurement is None:
-            raise InvalidArgument("there is no measurement yet: it is there after the measure() block, which ran no step.")
+            raise InvalidArgument(
+                "there is no measurement yet: it is there after the measure() block, which ran no step."
+            )
         return self._measurement
 
     def __enter__(self) -> Meter:
@@ -71,8 +74,8 @@ class Meter:
         self._measurement = Measurement(
             step_seconds=tuple(b - a for a, b in zip(self._starts, ends, strict=True)),
             peak_bytes=tuple(self._base_bytes + peak for peak in peaks),
-            swapped_bytes=tuple(b[0] - a[0] for a, b in zip(moved, moved[1:], strict=False)),
-            recomputed_bytes=tuple(b[1] - a[1] for a, b in zip(moved, moved[1:], strict=False)),
+            swapped_bytes=tuple(b[0] - a[0] for a, b in itertools.pairwise(moved)),
+            recomputed_bytes=tuple(b[1] - a[1] for a, b in itertools.pairwise(moved)),
             source="torch profiler memory events" if self._device.type == "cpu" else "CUDA caching allocator",
         )
 

@@ -62,10 +62,10 @@ class CpuMemoryLog:
         self.segments: list[Segment] = []
 
     def __enter__(self) -> CpuMemoryLog:
-        if torch.autograd._profiler_enabled():
+        if torch._C._autograd._profiler_enabled():
             raise InvalidArgument(
-                "a torch profiler (or another stowplan.measure) is active in this thread, and live bytes on the CPU are "
-                "read from the same events: end it first. With wrap(), run the step that plans before measuring."
+                "a torch profiler (or another stowplan.measure) is active in this thread, and live bytes on the CPU "
+                "are read from the same events: end it first. With wrap(), run the step that plans before measuring."
             )
         profiler = torch._C._profiler
         config = profiler.ProfilerConfig(
@@ -90,10 +90,10 @@ class CpuMemoryLog:
 
 def _read_segments(threads: list[list[Any]]) -> list[Segment]:
     """Fold the profiler's events, thread by thread in order of time, into segments."""
-    events = (event for events in threads for event in events)
+    events = [event for thread in threads for event in thread]
     if len(threads) > 1:
         origin = threads[0][0]
-        events = iter(sorted(events, key=lambda event: float(origin.cpu_elapsed_us(event))))
+        events.sort(key=lambda event: float(origin.cpu_elapsed_us(event)))
     segments: list[Segment] = []
     name, live, start, peak = "", 0, 0, 0
     for event in events:

@@ -61,7 +61,7 @@ class _LiveBytes(TorchDispatchMode):
     """Live bytes of the storages made under the mode, counted op by op."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live: dict[int, tuple[StorageWeakRef, int]] = {}
         self.peak_bytes = 0
 

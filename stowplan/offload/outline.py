@@ -54,6 +54,7 @@ class Outline:
     blocks: Sequence[Block]
     device: torch.device
     hold_gradients: bool
+    hold_output: bool
     on_progress: Callable[[str], None]
     captures: dict[Any, BlockCapture] = field(default_factory=dict)
     calls: list[Call] = field(default_factory=list)
@@ -99,11 +100,13 @@ class Outline:
         }
 
     def _run(self, forward: Callable[[], Any], loss_of: Callable[[Any], torch.Tensor]) -> None:
-        """One forward and backward. The output is held until backward is over, as most training loops do."""
+        """One forward and backward of the model."""
         torch.clear_autocast_cache()
         self._mark(EMBEDDING_FORWARD)
         output = forward()
         loss = loss_of(output)
+        if not self.hold_output:
+            del output
         torch.clear_autocast_cache()
         if self.calls:
             with torch.autocast(self.device.type, enabled=False):
@@ -158,7 +161,6 @@ class Outline:
             self._mark(HEAD)
         return output
 
-
     def shared_positions(self) -> dict[Any, set[int]]:
         """Per kind of block, the arguments (by position) whose storage some other call was given as well."""
         num_calls = Counter(key for call in self.calls for key in {s.cdata for s in call.storages.values()})
@@ -177,7 +179,7 @@ class _StandIn(torch.autograd.Function):
     """Makes a block's outputs out of nothing, and its inputs' gradients out of its outputs' gradients."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, on_backward: Callable[[], object], outputs: list[torch.Tensor], *inputs: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         ctx.on_backward = on_backward
@@ -199,29 +201,18 @@ def _stand_in(
     template: Any, inputs: list[torch.Tensor], device: torch.device, on_backward: Callable[[], object]
 ) -> Any:
     """Outputs like ``template`` (tensors on the meta device), joined to ``inputs`` in the graph."""
-    shapes: list[torch.Tensor] = []
-    _collect(template, shapes)
+    tensors = [leaf for leaf in flatten((template,), {}) if isinstance(leaf, torch.Tensor)]
+    shapes = [tensor for tensor in tensors if tensor.requires_grad]
     anchor = torch.zeros((), device=device, requires_grad=True)
-    outputs = iter(_StandIn.apply(on_backward, [_filled(shape, device) for shape in shapes], anchor, *inputs))
-    plain = (_filled(t, device) for t in _plain(template))
+    made = [_filled(shape, device) for shape in shapes]
+    outputs = iter(_StandIn.apply(on_backward, made, anchor, *inputs))  # type: ignore[no-untyped-call]
+    plain = (_filled(tensor, device) for tensor in tensors if not tensor.requires_grad)
     return _rebuild(template, outputs, plain)
 
 
 def _filled(shape: torch.Tensor, device: torch.device) -> torch.Tensor:
     tensor = torch.empty_strided(shape.shape, shape.stride(), dtype=shape.dtype, device=device)
     return tensor.fill_(0.01) if tensor.is_floating_point() else tensor.zero_()
-
-
-def _collect(tree: Any, found: list[torch.Tensor]) -> None:
-    found += [tensor for tensor in _tensors(tree) if tensor.requires_grad]
-
-
-def _plain(tree: Any) -> list[torch.Tensor]:
-    return [tensor for tensor in _tensors(tree) if not tensor.requires_grad]
-
-
-def _tensors(tree: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in flatten((tree,), {}) if isinstance(leaf, torch.Tensor)]
 
 
 def _rebuild(tree: Any, outputs: Iterator[torch.Tensor], plain: Iterator[torch.Tensor]) -> Any:

@@ -48,7 +48,7 @@ class Recorder(TorchDispatchMode):
     """
 
     def __init__(self, block: torch.nn.Module, leaves: Sequence[tuple[str, Any]]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.tape = Tape()
         self._values: dict[int, int] = {}  # storage -> value
         self._pins: list[StorageWeakRef] = []  # by value
@@ -65,7 +65,7 @@ class Recorder(TorchDispatchMode):
 
     # ---- what the hooks call --------------------------------------------------------------------------------------
     def save(self, tensor: torch.Tensor) -> Slot | None:
-        """Note that autograd saves ``tensor``; gives its slot, None for tensor subclasses (which cannot be replayed)."""
+        """Note that autograd saves ``tensor``; gives its slot, None for tensor subclasses (not replayable)."""
         if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
             self.tape.forbid_steady(f"autograd saves a {type(tensor).__name__}")
             return None
@@ -175,9 +175,7 @@ class Recorder(TorchDispatchMode):
         name = stem if self._names[stem] == 1 else f"{stem}#{self._names[stem]}"
         storage = tensor.untyped_storage()
         number = len(self.tape.values)
-        self.tape.values.append(
-            TapeValue(name, origin, storage.nbytes(), tensor.device, Geometry.of(tensor), [writer])
-        )
+        self.tape.values.append(TapeValue(name, origin, storage.nbytes(), tensor.device, Geometry.of(tensor), [writer]))
         self._values[storage._cdata] = number
         self._pins.append(StorageWeakRef(storage))
         return number
@@ -222,7 +220,7 @@ def _own_tensors(block: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _storage_key(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _map_tensors(argument: Any, fn: Any) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -38,11 +38,9 @@ class Replay:
 
     def __call__(self, sources: Sequence[torch.Tensor], position: Position) -> Sequence[torch.Tensor]:
         """Make the targets. ``position`` is where the generators stood when the block began; empty if not random."""
-        with below_autograd():
-            if not self.random:
-                return self._call(*sources)
-            with rewound(position):
-                return self._call(*sources)
+        with below_autograd(), rewound(position) if self.random else nullcontext():
+            tensors: Sequence[torch.Tensor] = self._call(*sources)
+        return tensors
 
 
 @contextmanager

@@ -56,7 +56,7 @@ def _generator(device: torch.device) -> torch.Generator:
     if device.type == "cpu":
         return torch.default_generator
     module = getattr(torch, device.type)
-    index = device.index if device.index is not None else module.current_device()
+    index = module.current_device() if device.index is None else device.index  # type: ignore[redundant-expr]
     generator: torch.Generator = module.default_generators[index]
     return generator
 

@@ -35,7 +35,7 @@ class Geometry(NamedTuple):
 
     @staticmethod
     def of(tensor: torch.Tensor) -> Geometry:
-        return Geometry(tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
+        return Geometry(tensor.dtype, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
 
 
 class Ref(NamedTuple):

@@ -101,4 +101,3 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
         a, b = torch.view_as_real(a), torch.view_as_real(b)
     integers = _INTEGERS[a.element_size()]
     return torch.equal(a.view(integers), b.view(integers))
-

@@ -1,0 +1,81 @@
+"""stowplan: decide what each block of a model keeps, swaps to the host or recomputes, and train under that plan.
+
+    plan = stowplan.plan(model, batch, budget="60GiB", optimizer=optimizer)
+    with stowplan.apply(plan, model):
+        ...  # the training loop as it was
+
+Importing this package imports neither torch nor a solver: names are looked up at first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from stowplan.core.errors import (
+        InfeasibleBudget,
+        InvalidArgument,
+        InvalidPlanFile,
+        InvalidSize,
+        MissingDependency,
+        PlanMismatch,
+        PlanRejected,
+        ReplayMismatch,
+        SolverFailed,
+        StowplanError,
+        UnsupportedModel,
+    )
+    from stowplan.core.hardware import Hardware
+    from stowplan.core.plan import Measurement, Plan, Prediction
+    from stowplan.core.program import Action
+    from stowplan.session import applied, apply, measure, plan, report, wrap
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Action",
+    "Hardware",
+    "InfeasibleBudget",
+    "InvalidArgument",
+    "InvalidPlanFile",
+    "InvalidSize",
+    "Measurement",
+    "MissingDependency",
+    "Plan",
+    "PlanMismatch",
+    "PlanRejected",
+    "Prediction",
+    "ReplayMismatch",
+    "SolverFailed",
+    "StowplanError",
+    "UnsupportedModel",
+    "__version__",
+    "applied",
+    "apply",
+    "measure",
+    "plan",
+    "report",
+    "wrap",
+]
+
+_HOMES = {
+    "stowplan.core.hardware": ("Hardware",),
+    "stowplan.core.plan": ("Measurement", "Plan", "Prediction"),
+    "stowplan.core.program": ("Action",),
+    "stowplan.session": ("applied", "apply", "measure", "plan", "report", "wrap"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # What has no home of its own is an error.
+    found: object = getattr(import_module(_HOME_OF.get(name, "stowplan.core.errors")), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

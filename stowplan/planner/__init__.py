@@ -1,0 +1,1 @@
+"""Decisions from numbers: what to keep, where to put it, in which order; imports neither torch nor ray."""

@@ -1,0 +1,272 @@
+"""An independent check: run one step as discrete events and count every byte.
+
+Shares only data types with the formulas (evaluate.py, footprint.py) and the model: it finds the ops of a replay by
+demand, walks them, and lets three queues (compute, copies out, copies in) race. A disagreement is a bug of ours.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from stowplan.core.plan import Decisions, MomentBytes, Prediction
+from stowplan.core.program import Action, BlockProgram
+from stowplan.planner.activations.problem import Problem
+
+__all__ = ["simulate"]
+
+COMPUTE, TO_HOST, TO_DEVICE = "compute", "to host", "to device"
+TaskKey = tuple[str, int]
+
+
+@dataclass(slots=True)
+class _Task:
+    """Something that occupies a queue for ``seconds`` once all of ``after`` is done."""
+
+    key: TaskKey
+    queue: str
+    seconds: float
+    after: tuple[TaskKey, ...] = ()
+    begin: Callable[[float], None] = lambda now: None
+    end: Callable[[], None] = lambda: None
+
+
+@dataclass(slots=True)
+class _Block:
+    """Bytes and seconds of one block, found by walking its program."""
+
+    program: BlockProgram
+    name: str
+    kept: int = 0
+    lingering: int = 0
+    swapped: int = 0
+    recomputed: int = 0
+    replay_seconds: float = 0.0
+    backward_peak: int = 0
+
+
+@dataclass(slots=True)
+class _Memory:
+    """What lives on the device now, by block and reason, and the moments seen so far."""
+
+    static: int
+    outside: int = 0
+    kept: dict[int, int] = field(default_factory=dict)
+    lingering: dict[int, int] = field(default_factory=dict)
+    staged: dict[int, int] = field(default_factory=dict)
+    gradients: int = 0
+    host: int = 0
+    host_peak: int = 0
+    moments: list[MomentBytes] = field(default_factory=list)
+
+    def note(self, name: str, seconds: float, working: int) -> None:
+        """Record the peak of a moment that adds ``working`` bytes to what lives now."""
+        moment = MomentBytes(
+            name=name,
+            seconds=seconds,
+            static_bytes=self.static,
+            gradient_bytes=self.gradients,
+            kept_bytes=sum(self.kept.values()) + sum(self.lingering.values()),
+            staged_bytes=sum(self.staged.values()),
+            working_bytes=self.outside + working,
+        )
+        self.moments.append(moment)
+
+
+def simulate(problem: Problem, decisions: Decisions) -> Prediction:
+    """Time and bytes of one step under ``decisions``. Raises InvalidArgument for decisions that are not possible."""
+    problem.check(decisions)
+    blocks = [_walk(problem, block, actions) for block, actions in enumerate(decisions)]
+    memory = _Memory(static=problem.step.static_bytes)
+    tasks = _forward_tasks(problem, blocks, memory) + _backward_tasks(problem, blocks, memory)
+    seconds = _run(tasks)
+    copying = {TO_HOST, TO_DEVICE}
+    busy = sum(task.seconds for task in tasks if task.queue == COMPUTE and task.key[0] not in copying)
+    highest = max(memory.moments, key=lambda moment: moment.peak_bytes)
+    return Prediction(
+        step_seconds=seconds,
+        peak_bytes=highest.peak_bytes,
+        peak_moment=highest.name,
+        host_bytes=memory.host_peak,
+        swapped_bytes=sum(block.swapped for block in blocks),
+        recomputed_bytes=sum(block.recomputed for block in blocks),
+        recompute_seconds=sum(block.replay_seconds for block in blocks),
+        stall_seconds=max(0.0, seconds - busy),
+        moments=tuple(memory.moments),
+    )
+
+
+def _walk(problem: Problem, number: int, actions: tuple[Action, ...]) -> _Block:
+    """Sort the saved values of a block by action and replay what is recomputed."""
+    program = problem.step.program_of(number)
+    block = _Block(program=program, name=problem.step.block_names[number])
+    block.kept, block.lingering = program.held_bytes, program.lingering_bytes
+    present, wanted = set(), []
+    for index, action in zip(program.saved, actions, strict=True):
+        size = program.values[index].size_bytes
+        match action:
+            case Action.KEEP:
+                block.kept += size
+            case Action.SWAP:
+                block.swapped += size
+            case Action.RECOMPUTE:
+                block.recomputed += size
+        if action is Action.RECOMPUTE:
+            wanted.append(index)
+        else:
+            present.add(index)
+        if program.values[index].lingers and action is not Action.KEEP:
+            block.lingering += size
+    block.backward_peak = program.backward_peak_bytes
+    if wanted:
+        peak, block.replay_seconds = _replay(program, present, wanted)
+        block.backward_peak = max(block.backward_peak, program.output_gradient_bytes + peak)
+    return block
+
+
+def _replay(program: BlockProgram, present: set[int], wanted: list[int]) -> tuple[int, float]:
+    """Make ``wanted`` from ``present`` values and block inputs; returns peak bytes above the block's entry, seconds."""
+    demanded: set[int] = set()
+    stack = list(wanted)
+    while stack:
+        maker = program.values[stack.pop()].producer
+        if maker is None or maker in demanded:
+            continue
+        demanded.add(maker)
+        stack += [i for i in program.ops[maker].inputs if i not in present]
+    uses_left: dict[int, int] = {}
+    for number in demanded:
+        for value in set(program.ops[number].inputs) - present:
+            uses_left[value] = uses_left.get(value, 0) + 1
+    for value in wanted:
+        uses_left[value] = uses_left.get(value, 0) + 1  # the backward pass reads it: never freed here
+    fixed = program.held_bytes + sum(program.values[value].size_bytes for value in present)
+    made: set[int] = set()
+    peak, seconds = fixed, 0.0
+    for number, op in enumerate(program.ops):
+        if number not in demanded:
+            continue
+        made.update(op.outputs)
+        live = fixed + sum(program.values[value].size_bytes for value in made)
+        peak, seconds = max(peak, live + op.workspace_bytes), seconds + op.seconds
+        for value in set(op.inputs) - present:
+            uses_left[value] -= 1
+        made = {value for value in made if uses_left.get(value, 0) > 0}
+    return peak, seconds
+
+
+def _forward_tasks(problem: Problem, blocks: list[_Block], memory: _Memory) -> list[_Task]:
+    """Embedding, the blocks' forwards, and the copies to the host."""
+    step, hardware = problem.step, problem.hardware
+    overlapped, window = hardware.overlapped_copies, hardware.staging_blocks
+
+    def embed(now: float) -> None:
+        memory.note("embedding forward", now, step.embedding_forward.peak_bytes)
+
+    def embedded() -> None:
+        memory.outside = step.embedding_forward.left_bytes
+
+    tasks = [_Task(("embedding forward", 0), COMPUTE, step.embedding_forward.seconds, begin=embed, end=embedded)]
+    for number, block in enumerate(blocks):
+
+        def begin(now: float, number: int = number, block: _Block = block) -> None:
+            memory.staged.pop(number - window, None)  # it waited for that copy
+            memory.note(f"forward of {block.name}", now, block.program.forward_peak_bytes)
+
+        def end(number: int = number, block: _Block = block) -> None:
+            memory.kept[number], memory.lingering[number] = block.kept, block.lingering
+            if overlapped:
+                memory.staged[number] = block.swapped
+
+        def copied(block: _Block = block) -> None:
+            memory.host += block.swapped
+            memory.host_peak = max(memory.host_peak, memory.host)
+
+        buffer = number - window
+        waits = ((TO_HOST, buffer),) if overlapped and buffer >= 0 and blocks[buffer].swapped else ()
+        tasks.append(_Task(("forward", number), COMPUTE, block.program.forward_seconds, waits, begin, end))
+        if block.swapped:
+            queue = TO_HOST if overlapped else COMPUTE
+            seconds = block.swapped / hardware.to_host_bytes_per_second
+            tasks.append(_Task((TO_HOST, number), queue, seconds, (("forward", number),), end=copied))
+    return tasks
+
+
+def _backward_tasks(problem: Problem, blocks: list[_Block], memory: _Memory) -> list[_Task]:
+    """Head, the copies back, the blocks' backwards with their replays, embedding, optimizer."""
+    step, hardware = problem.step, problem.hardware
+    overlapped, window = hardware.overlapped_copies, hardware.staging_blocks
+
+    def head(now: float) -> None:
+        memory.outside = 0  # the head's bytes include what the embedding left
+        memory.staged.pop(len(blocks) - 1 - window, None)
+        memory.note("head", now, step.head.peak_bytes)
+
+    def headed() -> None:
+        memory.lingering.clear()
+        memory.outside = step.head.left_bytes
+
+    def embedding(now: float) -> None:
+        memory.outside = 0
+        memory.note("embedding backward", now, step.embedding_backward.peak_bytes)
+
+    def optimizer(now: float) -> None:
+        memory.note("optimizer step", now, step.optimizer_step.peak_bytes)
+
+    tasks = [_Task(("head", 0), COMPUTE, step.head.seconds, begin=head, end=headed)]
+    for number in reversed(range(len(blocks))):
+        block = blocks[number]
+
+        def begin(now: float, number: int = number, block: _Block = block) -> None:
+            memory.kept.pop(number)
+            memory.staged.pop(number, None)
+            ahead = number - window + 1
+            if overlapped and 0 <= ahead < number:  # its copy may come from now on
+                memory.staged[ahead] = blocks[ahead].swapped
+            memory.note(f"backward of {block.name}", now, block.backward_peak)
+
+        def end(block: _Block = block) -> None:
+            memory.gradients += block.program.gradient_bytes
+            memory.host -= block.swapped
+
+        waits: tuple[TaskKey, ...] = ()
+        if block.swapped:
+            room = ("backward", number + window) if number + window < len(blocks) else ("forward", len(blocks) - 1)
+            sources = ((TO_HOST, number), room) if overlapped else ((TO_HOST, number),)
+            seconds = block.swapped / hardware.to_device_bytes_per_second
+            tasks.append(_Task((TO_DEVICE, number), TO_DEVICE if overlapped else COMPUTE, seconds, sources))
+            waits = ((TO_DEVICE, number),)
+        seconds = block.program.backward_seconds + block.replay_seconds
+        tasks.append(_Task(("backward", number), COMPUTE, seconds, waits, begin, end))
+    tasks.append(_Task(("embedding backward", 0), COMPUTE, step.embedding_backward.seconds, begin=embedding))
+    tasks.append(_Task(("optimizer step", 0), COMPUTE, step.optimizer_step.seconds, begin=optimizer))
+    return tasks
+
+
+def _run(tasks: list[_Task]) -> float:
+    """Let every queue work through its tasks in order, each when what it waits for is done; seconds at the end."""
+    queues: dict[str, deque[_Task]] = {COMPUTE: deque(), TO_HOST: deque(), TO_DEVICE: deque()}
+    for task in tasks:
+        queues[task.queue].append(task)
+    done: set[TaskKey] = set()
+    busy: set[str] = set()
+    ends: list[tuple[float, int, _Task]] = []
+    now, started = 0.0, 0
+    while True:
+        for name, queue in queues.items():
+            if name not in busy and queue and all(key in done for key in queue[0].after):
+                task = queue.popleft()
+                task.begin(now)
+                busy.add(name)
+                heapq.heappush(ends, (now + task.seconds, started, task))
+                started += 1
+        if not ends:
+            break
+        now, _, task = heapq.heappop(ends)
+        task.end()
+        busy.discard(task.queue)
+        done.add(task.key)
+    assert not any(queues.values()), "tasks wait for each other"
+    return now

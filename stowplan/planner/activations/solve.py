@@ -1,0 +1,174 @@
+"""Plan the activations of one step: bound, solver, search, check.
+
+Every way to decisions is a candidate — the baselines, the least-memory solution, the relaxation rounded block by
+block, the solver's answer, each improved by search — and the fastest that fits by simulation is the plan. No single
+one has to succeed for a plan to be good: the gap to the bound says how good it is.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from stowplan.core.errors import InfeasibleBudget, SolverFailed
+from stowplan.core.hardware import Hardware
+from stowplan.core.plan import Baseline, Decisions, Prediction, Solution
+from stowplan.core.program import Action, StepProgram
+from stowplan.core.units import format_seconds
+from stowplan.planner.activations.draft import Draft
+from stowplan.planner.activations.groups import group_blocks
+from stowplan.planner.activations.least import find_least_budget
+from stowplan.planner.activations.policies import POLICIES
+from stowplan.planner.activations.problem import Problem
+from stowplan.planner.activations.search import dither, improve
+from stowplan.planner.activations.simulate import simulate
+from stowplan.planner.activations.verify import fits, verify
+
+__all__ = ["ActivationPlan", "solve"]
+
+MOST_SINGLE_BLOCKS = 12  # up to here every block decides alone in the solver: it still ends within a second or two
+MOST_GROUPS = 8
+_LEAST_SHARE, _ROUNDING_SHARE, _SOLVER_SHARE = 0.1, 0.3, 0.35  # of the time limit; the rest is for the last search
+_SEARCH_END = 0.95  # of the time limit: what follows is the check
+_SEARCH_GAP = 0.1  # of the gap asked for: where search stops, because on the way there it is cheap
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActivationPlan:
+    """Decisions for every saved value, what they cost, how they were found, and what others would cost.
+
+    ``unplanned`` is the prediction with everything kept. ``declined``: that fits, and there is nothing to do.
+    """
+
+    decisions: Decisions
+    prediction: Prediction
+    unplanned: Prediction
+    solution: Solution
+    least_budget_bytes: int
+    baselines: tuple[Baseline, ...]
+    declined: bool
+
+
+def solve(
+    step: StepProgram,
+    hardware: Hardware,
+    budget_bytes: int,
+    host_budget_bytes: int,
+    *,
+    solver: str = "HiGHS",
+    time_limit_seconds: float = 5.0,
+    gap: float = 0.01,
+    on_progress: Callable[[str], None] | None = None,
+) -> ActivationPlan:
+    """The fastest found decisions whose simulated peak fits ``budget_bytes`` and whose swaps ``host_budget_bytes``.
+
+    ``solver`` is a name that ``pulp.listSolvers(onlyAvailable=True)`` gives; ``gap`` is relative step time. Where
+    keeping everything fits, that is the plan, and a solver runs only if the least budget cannot be told without one.
+
+    Raises InvalidArgument for a step, hardware or budget that cannot be planned for, InfeasibleBudget naming the least
+    budget, SolverFailed for an unknown solver or one without a usable answer, PlanRejected if simulator and formulas
+    disagree.
+    """
+    began = time.monotonic()
+    tell = on_progress if on_progress is not None else lambda text: None
+    problem = Problem(step=step, hardware=hardware, budget_bytes=budget_bytes, host_budget_bytes=host_budget_bytes)
+    named = {name: policy(problem) for name, policy in POLICIES.items()}
+    baselines = tuple(_baseline(problem, name, decisions) for name, decisions in named.items())
+    unplanned = baselines[list(named).index("keep all")]
+    least = find_least_budget(problem, named.values(), solver, _LEAST_SHARE * time_limit_seconds, MOST_SINGLE_BLOCKS)
+    tell(f"least budget {least.num_bytes} bytes{'' if least.proven else ' or less'}")
+    all_kept = all(action is Action.KEEP for actions in named["keep all"] for action in actions)
+    declined = all_kept and unplanned.fits
+    if declined:
+        decisions = named["keep all"]
+        bound_seconds, proof = unplanned.prediction.step_seconds, "nothing to decide"
+    else:
+        if least.num_bytes > budget_bytes:
+            raise InfeasibleBudget(budget_bytes, least.num_bytes, host_budget_bytes)
+        fitting = [named[baseline.name] for baseline in baselines if baseline.fits]
+        search = _Search(problem, [*fitting, least.decisions], solver, gap, began, time_limit_seconds, tell)
+        decisions, bound_seconds, proof = search.run()
+    prediction = verify(problem, decisions)
+    seconds = time.monotonic() - began
+    loss = max(0.0, prediction.step_seconds / bound_seconds - 1) if bound_seconds else 0.0
+    tell(f"{format_seconds(prediction.step_seconds)} per step, {loss:.2%} above the bound, in {seconds:.1f} s")
+    return ActivationPlan(
+        decisions=decisions,
+        prediction=prediction,
+        unplanned=unplanned.prediction,
+        solution=Solution(
+            solver="none" if declined else solver, seconds=seconds, bound_seconds=bound_seconds, gap=loss, proof=proof
+        ),
+        least_budget_bytes=min(least.num_bytes, prediction.peak_bytes),
+        baselines=baselines,
+        declined=declined,
+    )
+
+
+def _baseline(problem: Problem, name: str, decisions: Decisions) -> Baseline:
+    prediction = simulate(problem, decisions)
+    return Baseline(name=name, fits=fits(problem, prediction), prediction=prediction)
+
+
+@dataclass(slots=True)
+class _Search:
+    """The candidates for one problem and the time that is left for them."""
+
+    problem: Problem
+    known: list[Decisions]
+    solver: str
+    gap: float
+    began: float
+    time_limit_seconds: float
+    tell: Callable[[str], None]
+
+    def run(self) -> tuple[Decisions, float, str]:
+        """(fastest decisions that fit, bound in seconds, proof)."""
+        from stowplan.planner.activations.programs import least_seconds, relax
+
+        problem = self.problem
+        groups = group_blocks(problem, MOST_SINGLE_BLOCKS)
+        split = relax(problem, groups, self.solver, self.time_limit_seconds)
+        whole = relax(problem, groups, self.solver, self.time_limit_seconds, token_rows=False)
+        if split is None or whole is None:
+            raise SolverFailed(
+                f"{self.solver} calls the relaxation of a feasible problem infeasible; try another solver."
+            )
+        bound = split.bound_seconds
+        best_whole = max(bound, whole.bound_seconds)
+        self.tell(
+            f"no plan is faster than {format_seconds(bound)}, none of whole values than {format_seconds(best_whole)}"
+        )
+        goal = best_whole * (1 + self.gap * _SEARCH_GAP)
+        rounded = Draft(problem, dither(problem, whole.fractions))
+        improve(rounded, self._after(_ROUNDING_SHARE), goal)
+        drafts = [*(Draft(problem, decisions) for decisions in self.known), rounded]
+        best = _fastest(drafts)
+        proven = False
+        alone = all(len(group) == 1 for group in groups)
+        if best.seconds > goal or alone:
+            if not alone:
+                groups = group_blocks(problem, MOST_GROUPS)
+            limit = min(_SOLVER_SHARE * self.time_limit_seconds, self._left())
+            found = least_seconds(problem, groups, self.solver, limit, self.gap)
+            proven = alone and found is not None and found.proven
+            if found is not None:
+                drafts.append(Draft(problem, found.decisions))
+            improve(drafts[-1], self._after(1.0), goal)
+            best = _fastest(drafts)
+            improve(best, self._after(1.0), goal)
+        within = best.seconds <= best_whole * (1 + self.gap)
+        return best.decisions, bound, "optimal" if proven else "within gap" if within else "time limit"
+
+    def _left(self) -> float:
+        return max(0.1, self.began + _SEARCH_END * self.time_limit_seconds - time.monotonic())
+
+    def _after(self, share: float) -> float:
+        """The moment when ``share`` of the time that is left now has passed."""
+        return time.monotonic() + share * self._left()
+
+
+def _fastest(drafts: list[Draft]) -> Draft:
+    """The fastest draft that fits, or the nearest to fitting; fewer swapped bytes where equally fast."""
+    return min(drafts, key=lambda draft: (draft.excess_bytes, draft.seconds, draft.host_bytes))

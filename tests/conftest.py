@@ -1,0 +1,15 @@
+"""Settings that every test shares."""
+
+from __future__ import annotations
+
+import os
+
+from hypothesis import settings
+
+# Tests run side by side: one thread each. Read by torch when it is imported, here or in a subprocess.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A failure prints the line that repeats it. No deadline: machines may be busy.
+settings.register_profile("default", derandomize=False, print_blob=True, deadline=None)
+settings.register_profile("ci", settings.get_profile("default"), max_examples=300)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))

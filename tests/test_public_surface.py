@@ -1,0 +1,152 @@
+"""What users may rely on: names, flags, and that looking at a plan is quick."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+import typer
+
+import stowplan
+from stowplan.cli import app
+from stowplan.core import errors
+from tests.plans import example_plan
+
+ROOT = Path(__file__).parent.parent
+
+NAMES = [
+    "Action",
+    "Hardware",
+    "InfeasibleBudget",
+    "InvalidArgument",
+    "InvalidPlanFile",
+    "InvalidSize",
+    "Measurement",
+    "MissingDependency",
+    "Plan",
+    "PlanMismatch",
+    "PlanRejected",
+    "Prediction",
+    "ReplayMismatch",
+    "SolverFailed",
+    "StowplanError",
+    "UnsupportedModel",
+    "__version__",
+    "applied",
+    "apply",
+    "measure",
+    "plan",
+    "report",
+    "wrap",
+]
+
+FLAGS = {
+    "": ["--version"],
+    "plan": [
+        "--model",
+        "--model-config",
+        "--seq-len",
+        "--batch-size",
+        "--dtype",
+        "--optimizer",
+        "--budget",
+        "--host-budget",
+        "--hardware",
+        "--blocks",
+        "--solver",
+        "--time-limit",
+        "--json",
+        "--out",
+    ],
+    "report": ["file", "--json"],
+    "demo": ["--out", "--steps", "--quick"],
+}
+
+HEAVY = {"torch", "transformers", "pulp", "highspy", "numpy", "ray", "deepspeed"}
+
+
+def test_the_public_names_are_frozen() -> None:
+    assert stowplan.__all__ == NAMES
+
+
+def test_every_public_name_is_there_and_listed() -> None:
+    for name in NAMES:
+        assert getattr(stowplan, name) is not None
+    assert set(NAMES) <= set(dir(stowplan))
+
+
+def test_every_error_is_public() -> None:
+    assert set(errors.__all__) <= set(stowplan.__all__)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'stowplan' has no attribute 'plam'"):
+        stowplan.plam  # noqa: B018
+
+
+def test_the_installed_version_is_that_of_the_package() -> None:
+    try:
+        installed = importlib.metadata.version("stowplan")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("runs from the source tree")
+    assert installed == stowplan.__version__
+
+
+def _commands() -> dict[str, click.Command]:
+    root = typer.main.get_command(app)
+    return {"": root, **getattr(root, "commands", {})}
+
+
+def test_the_flags_of_every_command_are_frozen() -> None:
+    flags = {
+        name: [option for parameter in command.params for option in parameter.opts]
+        for name, command in _commands().items()
+    }
+    assert flags == FLAGS
+
+
+@pytest.mark.parametrize("name", ["plan", "report", "demo"])
+def test_every_command_has_examples(name: str) -> None:
+    result = _run("-m", "stowplan", name, "--help")
+    assert f"Examples:\n\n    stowplan {name}" in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 100
+
+
+def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments], check=True, capture_output=True, text=True, cwd=ROOT, timeout=120
+    )
+
+
+def _imported_by(code: str) -> set[str]:
+    """Top-level modules that are loaded after ``code`` ran in a process of its own."""
+    listing = "import sys; print('\\n'.join(sorted({name.partition('.')[0] for name in sys.modules})), file=sys.stderr)"
+    return set(_run("-c", f"{code}\n{listing}").stderr.split())
+
+
+def test_importing_the_package_is_light() -> None:
+    code = "import stowplan; stowplan.Plan, stowplan.Hardware, stowplan.InfeasibleBudget"
+    assert _imported_by(code) & (HEAVY | {"typer", "rich"}) == set()
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["plan", "--help"], ["report", "PLAN"], ["report", "PLAN", "--json"]]
+)
+def test_help_and_reports_are_light(arguments: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    example_plan().save(path)
+    given = [str(path) if argument == "PLAN" else argument for argument in arguments]
+    code = f"""
+import sys
+from stowplan.cli import main
+sys.argv = ["stowplan", *{given!r}]
+try:
+    main()
+except SystemExit as end:
+    assert not end.code
+"""
+    assert _imported_by(code) & HEAVY == set()
