@@ -21,12 +21,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from stowplan import session
-from stowplan.core.errors import MissingDependency, StowplanError
+from stowplan.core.errors import MissingDependency
 from stowplan.core.plan import Measurement, Plan
 from stowplan.core.units import MIB, format_bytes
 from stowplan.offload.pages import keep_freed_pages
 
-__all__ = ["run"]
+__all__ = ["FULL", "QUICK", "Size", "make_batch", "make_model", "make_optimizer", "read_corpus", "run"]
 
 _SEED = 20
 _WIDTH = 140  # of the table, where the output is no terminal
@@ -58,7 +58,7 @@ class Row:
     final_loss: float
 
 
-class LossesDiffer(StowplanError):
+class LossesDiffer(RuntimeError):
     """A planned run ended with another loss than the plain one: a bug of stowplan."""
 
 
@@ -70,8 +70,8 @@ def run(out_dir: Path, steps: int, quick: bool) -> None:
     keep_freed_pages()
     size = QUICK if quick else FULL
     console = Console() if sys.stdout.isatty() else Console(width=_WIDTH)
-    corpus = _corpus()
-    num_parameters = sum(p.numel() for p in _model(size).parameters())
+    corpus = read_corpus()
+    num_parameters = sum(p.numel() for p in make_model(size).parameters())
     console.print(
         f"Llama, {num_parameters / 1e6:.1f} M parameters, {size.num_blocks} blocks, {size.batch} x {size.sequence} "
         f"tokens of the standard library's sources, AdamW, fp32, {torch.get_num_threads()} CPU threads."
@@ -109,9 +109,9 @@ def _rows(size: Size, steps: int, corpus: torch.Tensor, progress: Progress) -> I
     yield plain
     peak_bytes = max(plain.measurement.peak_bytes)
     progress.update(task, description="planning")
-    model = _model(size)
+    model = make_model(size)
     plan = session.plan(
-        model, _batch(size, corpus, 0), budget=peak_bytes * 2, optimizer=_optimizer(model), hold_output=False
+        model, make_batch(size, corpus, 0), budget=peak_bytes * 2, optimizer=make_optimizer(model), hold_output=False
     )
     del model
     budgets = (peak_bytes * 7 // 10, max(peak_bytes // 2, plan.least_budget_bytes), plan.least_budget_bytes)
@@ -125,12 +125,12 @@ def _train(
 ) -> Row:
     """An ordinary training loop; the plan is all that differs between runs."""
     gc.collect()
-    model = _model(size)
-    optimizer = _optimizer(model)
+    model = make_model(size)
+    optimizer = make_optimizer(model)
     handle = session.apply(plan, model) if plan is not None else None
     with session.measure(model) as measured:
         for step in range(steps):
-            loss = model(**_batch(size, corpus, step)).loss
+            loss = model(**make_batch(size, corpus, step)).loss
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -140,20 +140,22 @@ def _train(
     return Row(name, plan, measured.measurement, loss.item())
 
 
-def _corpus() -> torch.Tensor:
+def read_corpus() -> torch.Tensor:
     """Bytes of the standard library's sources."""
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     text = b"".join(file.read_bytes() for file in files)[:_CORPUS_BYTES]
     return torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
 
-def _batch(size: Size, corpus: torch.Tensor, step: int) -> dict[str, object]:
+def make_batch(size: Size, corpus: torch.Tensor, step: int) -> dict[str, object]:
+    """Sequences cut from the corpus at random, the same for the same step."""
     starts = torch.randint(len(corpus) - size.sequence, (size.batch,), generator=torch.Generator().manual_seed(step))
     ids = torch.stack([corpus[start : start + size.sequence] for start in starts.tolist()]).long()
     return {"input_ids": ids, "labels": ids, "use_cache": False}
 
 
-def _model(size: Size) -> torch.nn.Module:
+def make_model(size: Size) -> torch.nn.Module:
+    """A Llama with grouped-query attention, always with the same random weights. Raises MissingDependency."""
     try:
         from transformers import LlamaConfig, LlamaForCausalLM
     except ImportError:
@@ -172,7 +174,8 @@ def _model(size: Size) -> torch.nn.Module:
     return model.train()
 
 
-def _optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
+def make_optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
+    """AdamW as most loops have it."""
     return torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE)
 
 

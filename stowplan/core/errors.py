@@ -1,16 +1,16 @@
 """Every error that stowplan raises on purpose.
 
-    StowplanError
-    ├── InvalidArgument (also a ValueError)     what was given, what is allowed, what to do
-    │   └── InvalidSize                         a size that is no byte count
-    ├── InfeasibleBudget                        no plan fits; names the least feasible budget
-    ├── UnsupportedModel                        the model cannot be captured or hooked as it is
-    ├── PlanMismatch                            a plan meets a model or a batch it was not made for
-    ├── InvalidPlanFile                         a plan file that cannot be read
-    ├── MissingDependency (also an ImportError) an optional package is needed; names the extra
-    ├── SolverFailed                            the MIP solver gave no usable answer
-    ├── PlanRejected                            our own simulator contradicts the plan: a bug of ours
-    └── ReplayMismatch                          a recomputed value cannot be what the forward pass had
+StowplanError
+├── InvalidArgument (also a ValueError)     what was given, what is allowed, what to do
+│   └── InvalidSize                         a size that is no byte count
+├── InfeasibleBudget                        no plan fits; names the least feasible budget
+├── UnsupportedModel                        the model cannot be captured or hooked as it is
+├── PlanMismatch                            a plan meets a model or a batch it was not made for
+├── InvalidPlanFile                         a plan file that cannot be read
+├── MissingDependency (also an ImportError) an optional package is needed; names the extra
+├── SolverFailed                            the MIP solver gave no usable answer
+├── PlanRejected                            our own simulator contradicts the plan: a bug of ours
+└── ReplayMismatch (also a RuntimeError)    a recomputed value cannot be what the forward pass had
 """
 
 from __future__ import annotations
@@ -94,4 +94,3 @@ class PlanRejected(StowplanError):
 
 class ReplayMismatch(StowplanError, RuntimeError):
     """A value cannot be recomputed as it was: something it depends on has changed since the forward pass."""
-

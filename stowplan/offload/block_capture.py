@@ -178,7 +178,7 @@ def _settle(recording: Recording) -> tuple[int, int]:
     recorder, tape = recording.recorder, recording.recorder.tape
     made = {number for number, value in enumerate(tape.values) if value.origin is Origin.MADE}
     alive_bytes = sum(tape.values[v].size_bytes for v in recorder.alive() & made)
-    recording.run.keep_all()
+    recording.run.drop_all()  # a cache may hold the graph, but does not need what the graph saved
     recording.output = None
     beyond = recorder.alive() & made
     torch.clear_autocast_cache()

@@ -10,16 +10,17 @@ import gc
 import pickle
 import types
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import cycle
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from stowplan.core.errors import PlanMismatch, ReplayMismatch, UnsupportedModel
@@ -41,7 +42,7 @@ SLAB_BYTES = 2**22
 POLICIES: dict[str, Sequence[Action]] = {
     "swap": (SWAP,),
     "recompute": (RECOMPUTE,),
-    "mixed": (KEEP, SWAP, RECOMPUTE),
+    "mixed": (SWAP, RECOMPUTE, KEEP),
 }
 all_policies = pytest.mark.parametrize("policy", POLICIES)
 
@@ -59,12 +60,11 @@ class Planned(NamedTuple):
 
 
 def choose(tape: Tape, policy: str) -> dict[str, Action]:
-    """The policy's actions in turn; where one is not allowed, swapping, else keeping."""
-    decisions = {}
-    for (value, allowed), wanted in zip(allowed_actions(tape).items(), cycle(POLICIES[policy]), strict=False):
-        action = wanted if wanted in allowed else SWAP if SWAP in allowed else KEEP
-        decisions[tape.values[value].name] = action
-    return decisions
+    """The policy's actions in turn; where one is not allowed, keeping."""
+    return {
+        tape.values[value].name: wanted if wanted in allowed else KEEP
+        for (value, allowed), wanted in zip(allowed_actions(tape).items(), cycle(POLICIES[policy]), strict=False)
+    }
 
 
 def decide(model: nn.Module, names: Sequence[str], policy: str, call: Callable[[Any], Any]) -> list[dict[str, Action]]:
@@ -137,12 +137,12 @@ class Stack(nn.Module):
 
 
 def feed_forward(block: Any, x: torch.Tensor) -> torch.Tensor:
-    return block.second(F.gelu(torch.tanh(block.first(x)) * 2.0)) + x
+    return block.second(functional.gelu(torch.tanh(block.first(x)) * 2.0)) + x
 
 
 def with_dropout(block: Any, x: torch.Tensor) -> torch.Tensor:
-    hidden = F.dropout(F.gelu(block.first(x)), 0.3)
-    return F.dropout(block.second(hidden), 0.2) + x
+    hidden = functional.dropout(functional.gelu(block.first(x)), 0.3)
+    return functional.dropout(block.second(hidden), 0.2) + x
 
 
 def stack(body: Body, num_blocks: int = 3) -> Stack:
@@ -187,6 +187,10 @@ def call_language_model(model: Any) -> Any:
     return model(**tokens(0), use_cache=False)
 
 
+def call_with_input_gradient(model: Any) -> torch.Tensor:
+    return model(rows().requires_grad_())
+
+
 def gradients(model: nn.Module) -> Tensors:
     return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
@@ -202,13 +206,14 @@ Training = Callable[[Any], Tensors]
 def assert_same(found: Tensors, expected: Tensors) -> None:
     assert len(found) == len(expected)
     for position, (a, b) in enumerate(zip(found, expected, strict=True)):
+        assert b.isfinite().all(), "a comparison of nothing with nothing"
         assert torch.equal(a, b), f"tensor {position} of {len(found)} differs by {(a - b).abs().max()}"
 
 
 def assert_exact(
     make: Callable[[], Any], train: Training, policy: str, call: Callable[[Any], Any], names: Sequence[str] = ()
 ) -> Planned:
-    """``train`` gives the same tensors, and leaves the same parameters, buffers and generator, with and without a plan."""
+    """``train`` gives the same tensors and leaves the same model and generator, with and without a plan."""
     plain_model = make()
     torch.manual_seed(1)
     expected = [*train(plain_model), *state(plain_model), torch.get_rng_state()]
@@ -221,7 +226,7 @@ def assert_exact(
 
 
 def train_toy(model: Any, num_steps: int = 3) -> Tensors:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     found: Tensors = []
     for _ in range(num_steps):
         optimizer.zero_grad()
@@ -243,13 +248,15 @@ def actions_of(planned: Planned, stem: str) -> list[Action]:
 
 @contextmanager
 def collector_off() -> Iterator[None]:
-    """References alone must free what training leaves behind."""
+    """References alone must free what training leaves behind; ``num_alive`` counts what is made from here on."""
     gc.collect()
+    gc.freeze()
     gc.disable()
     try:
         yield
     finally:
         gc.enable()
+        gc.unfreeze()
 
 
 def num_alive(*kinds: type) -> int:
@@ -381,8 +388,7 @@ def test_nothing_grows_in_sixty_steps(policy: str) -> None:
             planned.model(rows()).square().mean().backward()
             planned.model.zero_grad()
             alive.append((num_alive(torch.Tensor), num_alive(Run, Cell), planned.slab.used_bytes))
-    assert alive[2:] == [alive[2]] * 58
-    assert alive[-1][1:] == (0, 0)
+    assert alive[2:] == [(alive[2][0], 0, 0)] * 58
 
 
 class SavesItsOutput(torch.autograd.Function):
@@ -449,7 +455,7 @@ def stumble(*args: Any) -> None:
 
 def stumbling(block: Any, x: torch.Tensor) -> torch.Tensor:
     where = getattr(block, "stumbles_in", None)
-    hidden = F.dropout(F.gelu(block.first(x)), 0.3)
+    hidden = functional.dropout(functional.gelu(block.first(x)), 0.3)
     if where == "forward":
         stumble()
     if where == "backward":
@@ -565,12 +571,7 @@ def test_hidden_states_asked_for(policy: str) -> None:
             found += [t.detach() for t in output.hidden_states or ()]
         return [*found, *gradients(model)]
 
-    planned = assert_exact(make_llama, train, policy, call_language_model)
-    assert planned.engine.counters.steady_calls == 2 * 3
-
-
-def keyword_block(block: Any, x: torch.Tensor) -> torch.Tensor:
-    return block.inner(scale=x.sigmoid(), shift=x.sin())
+    assert_exact(make_llama, train, policy, call_language_model)
 
 
 class Scaling(nn.Module):
@@ -581,7 +582,8 @@ class Scaling(nn.Module):
         self.linear = nn.Linear(WIDTH, WIDTH)
 
     def forward(self, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-        return self.linear((scale * 3.0).exp()) * (shift - 0.5).tanh()
+        left, right = scale.view(ROWS, 2, WIDTH // 2).unbind(1)
+        return self.linear(scale.sin() + torch.cat([right.cos(), left.exp()], -1)) * (shift - 0.5).tanh() * shift
 
 
 class TwoArguments(nn.Module):
@@ -611,19 +613,19 @@ def _one_tensor_twice_then_two(call: int, block: Any, x: torch.Tensor) -> torch.
 def _slices_of_one_tensor(call: int, block: Any, x: torch.Tensor) -> torch.Tensor:
     whole = torch.cat([x, x.sin(), x.cos()])
     parts = whole.split(ROWS)
-    return torch.cat([block(part, part.flip(0)) for part in parts])
+    return torch.cat([block(part, part.flip(0)) for part in parts]) + whole
 
 
-def _slices_and_their_transposes(call: int, block: Any, x: torch.Tensor) -> torch.Tensor:
+def _a_slice_that_moves(call: int, block: Any, x: torch.Tensor) -> torch.Tensor:
     whole = torch.cat([x.new_zeros(call, WIDTH), x.sin(), x.new_zeros(3 - call, WIDTH)])
     part = whole[call : call + ROWS]
-    return block(part.t().contiguous().t(), part)
+    return block(part, part.neg())
 
 
 @all_policies
 @pytest.mark.parametrize(
     "arrange",
-    [_keywords_in_turn, _one_tensor_twice_then_two, _slices_of_one_tensor, _slices_and_their_transposes],
+    [_keywords_in_turn, _one_tensor_twice_then_two, _slices_of_one_tensor, _a_slice_that_moves],
 )
 def test_arguments_arranged_otherwise_than_at_the_first_call(
     arrange: Callable[[int, Any, torch.Tensor], torch.Tensor], policy: str
@@ -642,12 +644,12 @@ def test_arguments_arranged_otherwise_than_at_the_first_call(
             found.append(x.grad)
         return [*found, *gradients(model)]
 
-    assert_exact(make, train, policy, call_toy)
+    assert_exact(make, train, policy, call_with_input_gradient)
 
 
 def _views_of_the_input(block: Any, x: torch.Tensor) -> torch.Tensor:
-    left, right = x.sin().view(x.shape[0], 2, WIDTH // 2).unbind(1)
-    return block.second(torch.cat([x[:, : WIDTH // 2].exp() * left, right.cos()], -1)) + x
+    left, right = x.view(ROWS, 2, WIDTH // 2).unbind(1)
+    return block.second(torch.cat([x[:, : WIDTH // 2].sigmoid() * left.sin(), right.cos()], -1).tanh()) + x
 
 
 @all_policies
@@ -659,14 +661,14 @@ def test_micro_batches_cut_from_one_tensor(policy: str) -> None:
             whole = rows(3 * ROWS).requires_grad_()
             for part in whole.split(ROWS):
                 model(part).square().mean().backward()
-        return gradients(model)
+        return [whole.grad, *gradients(model)]
 
-    assert_exact(lambda: stack(_views_of_the_input), train, policy, call_toy)
+    assert_exact(lambda: stack(_views_of_the_input), train, policy, call_with_input_gradient)
 
 
 # ---- blocks that do not do the same every time ---------------------------------------------------------------------
 def branching(block: Any, x: torch.Tensor) -> torch.Tensor:
-    hidden = F.dropout(block.first(x), 0.3)
+    hidden = functional.dropout(block.first(x), 0.3)
     if getattr(block, "wide", False):
         hidden = torch.cat([hidden, hidden.sin()], -1).tanh()[:, WIDTH // 2 : -WIDTH // 2]
     return block.second(hidden.tanh()) + x
@@ -685,9 +687,7 @@ def _train_branching(model: Any, wide: Sequence[bool]) -> Tensors:
 @pytest.mark.parametrize("first", [False, True])
 def test_a_block_that_departs_from_its_tape(first: bool, policy: str) -> None:
     turns = [first, first, not first, not first, first, first]
-    planned = assert_exact(
-        lambda: stack(branching), lambda model: _train_branching(model, turns), policy, call_toy
-    )
+    planned = assert_exact(lambda: stack(branching), lambda model: _train_branching(model, turns), policy, call_toy)
     counters = planned.engine.counters
     assert counters.departures == 2
     assert counters.recorded_calls == 3 + 2
@@ -727,17 +727,11 @@ def _branching_batch_norm(block: Any, x: torch.Tensor) -> torch.Tensor:
     return branching(block, block.norm(x))
 
 
-def _branching_after_a_write(block: Any, x: torch.Tensor) -> torch.Tensor:
-    return branching(block, (x + 1).mul_(2.0)) if block.training else x
-
-
 @all_policies
 def test_departing_does_not_count_a_batch_twice(policy: str) -> None:
     """The block is run again from its start; running statistics must not notice."""
     turns = [False, True, True]
-    assert_exact(
-        lambda: stack(_branching_batch_norm), lambda model: _train_branching(model, turns), policy, call_toy
-    )
+    assert_exact(lambda: stack(_branching_batch_norm), lambda model: _train_branching(model, turns), policy, call_toy)
 
 
 class WritesItsInput(nn.Module):
@@ -780,7 +774,7 @@ def test_a_block_that_changes_its_input_in_place(turns: list[bool], policy: str)
 
 
 def _annealed_dropout(block: Any, x: torch.Tensor) -> torch.Tensor:
-    return block.second(F.dropout(block.first(x), block.rate).tanh()) + x
+    return block.second(functional.dropout(block.first(x), block.rate).tanh()) + x
 
 
 def _annealed_scale(block: Any, x: torch.Tensor) -> torch.Tensor:
@@ -863,16 +857,16 @@ def _chain_in_place(block: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def _inplace_relu(block: Any, x: torch.Tensor) -> torch.Tensor:
-    hidden = F.relu(block.first(x), inplace=True)
+    hidden = functional.relu(block.first(x), inplace=True)
     buffer = torch.empty(ROWS, WIDTH)
     buffer.copy_(hidden)
-    out = F.silu(block.second(F.dropout(buffer, 0.3)), inplace=True)
+    out = functional.silu(block.second(functional.dropout(buffer, 0.3)), inplace=True)
     return out * out + x
 
 
 def _many_results(block: Any, x: torch.Tensor) -> torch.Tensor:
     top, where = block.first(x).topk(WIDTH // 2, dim=-1)
-    normed = F.layer_norm(top, (WIDTH // 2,))
+    normed = functional.layer_norm(top, (WIDTH // 2,))
     parts = torch.split(normed.softmax(-1) * top, 4, dim=-1)
     return block.second(torch.cat([*parts, *(part.exp() for part in parts)], -1)) + x.gather(1, where).repeat(1, 2)
 
@@ -892,7 +886,7 @@ OUTSIDE = torch.linspace(-1, 1, WIDTH)
 def _random_numbers_of_all_kinds(block: Any, x: torch.Tensor) -> torch.Tensor:
     hidden = block.first(x) + torch.randn_like(x)
     hidden = hidden * torch.rand(ROWS, WIDTH).normal_() * torch.empty(ROWS, WIDTH).bernoulli_(0.5)
-    return block.second(F.rrelu(hidden, training=True).tanh() * torch.rand_like(hidden)) + x
+    return block.second(functional.rrelu(hidden, training=True).tanh() * torch.rand_like(hidden)) + x
 
 
 def _samples(block: Any, x: torch.Tensor) -> torch.Tensor:
@@ -900,7 +894,7 @@ def _samples(block: Any, x: torch.Tensor) -> torch.Tensor:
     hidden = block.first(x)
     mask = torch.bernoulli(hidden.detach().sigmoid())
     columns = torch.multinomial(hidden.detach().softmax(-1), WIDTH, replacement=True)
-    return block.second(F.dropout(hidden.gather(1, columns) * mask, 0.3).tanh()) + x
+    return block.second(functional.dropout(hidden.gather(1, columns) * mask, 0.3).tanh()) + x
 
 
 def _checkpointed(block: Any, x: torch.Tensor) -> torch.Tensor:
@@ -927,28 +921,25 @@ BODIES = [
 @all_policies
 @pytest.mark.parametrize("body", BODIES, ids=lambda body: body.__name__.strip("_"))
 def test_toy_blocks(body: Body, policy: str) -> None:
-    counters = assert_toy_is_exact(body, policy).engine.counters
-    assert (counters.recorded_calls, counters.steady_calls, counters.departures) == (3, 6, 0)
+    planned = assert_toy_is_exact(body, policy)
+    counters = planned.engine.counters
+    num_planned = len(planned.engine.blocks)
+    assert num_planned == 3 or policy == "recompute"
+    assert (counters.recorded_calls, counters.steady_calls, counters.departures) == (num_planned, 2 * num_planned, 0)
 
 
 def test_recomputed_dropout_moves_the_generator_as_before() -> None:
-    planned = assert_toy_is_exact(with_dropout, "recompute")
-    assert actions_of(planned, "bernoulli_") == [] and RECOMPUTE in planned.decisions[0].values()
+    def train(model: Any) -> Tensors:
+        found = []
+        for _ in range(3):
+            loss = model(rows()).square().mean()
+            found.append(torch.rand(1))
+            loss.backward()
+            found.append(torch.rand(1))
+        return found
+
+    planned = assert_exact(lambda: stack(with_dropout), train, "recompute", call_toy)
     assert planned.engine.counters.recomputed_bytes > 0
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        train_toy(stack(with_dropout))
-        expected = torch.rand(1)
-    torch.manual_seed(1)
-    train_toy(planned.engine and put_under_plan(stack(with_dropout), "recompute", call_toy).model)
-    assert torch.equal(torch.rand(1), expected)
-
-
-def _saved_before_its_last_write(block: Any, x: torch.Tensor) -> torch.Tensor:
-    hidden = block.first(x) + 0.0
-    product = hidden.detach() * x
-    hidden.detach().mul_(1.0)  # the same bits, a later version
-    return block.second(product.tanh()) + x
 
 
 @all_policies
@@ -1076,67 +1067,50 @@ def test_an_input_changed_after_the_block_is_never_a_silent_wrong_gradient(call_
         return start.grad
 
     expected = gradient_of(stack(_sine_of_input, 1))
-    planned = put_under_plan(stack(_sine_of_input, 1), policy, call_toy)
+    planned = put_under_plan(stack(_sine_of_input, 1), policy, call_with_input_gradient)
     try:
         found = gradient_of(planned.model)
-    except RuntimeError as error:
-        assert isinstance(error, ReplayMismatch) or "modified by an inplace operation" in str(error)
-    else:
-        assert torch.equal(found, expected)
+    except ReplayMismatch:
+        return  # says what was changed
+    assert torch.equal(found, expected)
 
 
 def test_recomputing_from_a_changed_input_says_so() -> None:
-    planned = put_under_plan(stack(_sine_of_input, 1), "recompute", call_toy)
+    planned = put_under_plan(stack(_sine_of_input, 1), "recompute", call_with_input_gradient)
     for _ in range(2):
         hidden = rows().requires_grad_() * 1.0
         out = planned.model(hidden)
         with torch.no_grad():
             hidden.add_(1.0)
-        with pytest.raises(ReplayMismatch, match="'x' was changed in place between the block's forward and its backward"):
+        with pytest.raises(
+            ReplayMismatch, match="'x' was changed in place between the block's forward and its backward"
+        ):
             out.sum().backward()
 
 
 @all_policies
 @pytest.mark.parametrize("parameter", ["weight", "bias"])
 @pytest.mark.parametrize("num_calls", [1, 3])
-def test_a_parameter_changed_before_backward_is_an_error(num_calls: int, parameter: str, policy: str) -> None:
-    """Autograd saves the weight and not the bias, but what is recomputed comes from both."""
-    planned = put_under_plan(stack(feed_forward), policy, call_toy)
-    changed = getattr(planned.model.blocks[1].first, parameter)
-    for _ in range(num_calls):
-        loss = planned.model(rows()).square().mean()
-    with torch.no_grad():
-        changed.mul_(0.5)
-    saved = parameter == "weight"
-    if not saved and policy == "swap":
-        loss.backward()  # nothing comes from the bias
-        return
-    if policy == "recompute":
-        with pytest.raises(RuntimeError, match="in place between|modified by an inplace operation"):
-            loss.backward()
-        return
-    plain = stack(feed_forward)
-    torch.manual_seed(2)
-    with nullcontext() if not saved else pytest.raises(RuntimeError):
-        expected = _gradients_after_change(plain, parameter)
-    torch.manual_seed(2)
-    planned = put_under_plan(stack(feed_forward), policy, call_toy)
-    try:
-        found = _gradients_after_change(planned.model, parameter)
-    except RuntimeError as error:
-        assert "in place between" in str(error) or "modified by an inplace operation" in str(error)
-    else:
-        assert not saved
-        assert_same(found, expected)
+def test_a_parameter_changed_before_backward(num_calls: int, parameter: str, policy: str) -> None:
+    """Autograd saves the weight: an error. It does not save the bias, but what is recomputed comes from it, too."""
 
+    def train(model: Any) -> Tensors:
+        torch.manual_seed(1)
+        for _ in range(num_calls):
+            loss = model(rows()).square().mean()
+        with torch.no_grad():
+            getattr(model.blocks[1].first, parameter).mul_(0.5)
+        loss.backward()
+        return gradients(model)
 
-def _gradients_after_change(model: Any, parameter: str) -> Tensors:
-    torch.manual_seed(2)
-    loss = model(rows()).square().mean()
-    with torch.no_grad():
-        getattr(model.blocks[1].first, parameter).mul_(0.5)
-    loss.backward()
-    return gradients(model)
+    model = put_under_plan(stack(feed_forward), policy, call_toy).model
+    if parameter == "bias" and policy == "swap":
+        assert_same(train(model), train(stack(feed_forward)))
+        return
+    recomputed = "'first.bias' was changed in place between the block's forward and its backward"
+    saved = "'first.weight' was changed in place|modified by an inplace operation"
+    with pytest.raises(RuntimeError, match=recomputed if parameter == "bias" else saved):
+        train(model)
 
 
 @all_policies
@@ -1174,7 +1148,7 @@ def test_a_kept_tensor_changed_in_place_is_autograds_error(num_calls: int) -> No
 
 
 def _keeps_its_output(block: Any, x: torch.Tensor) -> torch.Tensor:
-    return block.second(F.gelu(block.first(x))).exp()
+    return block.second(functional.gelu(block.first(x))).exp()
 
 
 @all_policies
@@ -1186,22 +1160,9 @@ def test_an_output_changed_in_place_is_never_a_silent_wrong_gradient(policy: str
             out.sum().backward()
         return gradients(model)
 
-    plain_model = stack(_sine_of_input, 1)
-    torch.manual_seed(1)
-    assert_same(train(put_under_plan_seeded(_sine_of_input, policy)), train_seeded(train, plain_model))
+    assert_exact(lambda: stack(_sine_of_input, 1), train, policy, call_toy)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         train(stack(_keeps_its_output, 1))
-
-
-def put_under_plan_seeded(body: Body, policy: str) -> Any:
-    model = put_under_plan(stack(body, 1), policy, call_toy).model
-    torch.manual_seed(1)
-    return model
-
-
-def train_seeded(train: Training, model: Any) -> Tensors:
-    torch.manual_seed(1)
-    return train(model)
 
 
 # ---- shapes of models ----------------------------------------------------------------------------------------------
@@ -1277,6 +1238,7 @@ def test_tuples_and_dicts_in_and_out(policy: str) -> None:
 def test_one_block_called_several_times_in_a_forward(policy: str) -> None:
     class Looped(Stack):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x.detach().requires_grad_()
             for _ in range(3):
                 x = self.blocks[0](x)
             return x
@@ -1299,7 +1261,7 @@ class Outer(nn.Module):
         self.inner = ToyBlock(with_dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.dropout(self.inner(self.before(x).tanh()).sin(), 0.1) + x
+        return functional.dropout(self.inner(self.before(x).tanh()).sin(), 0.1) + x
 
 
 class Nested(nn.Module):
@@ -1447,8 +1409,6 @@ def test_two_engines_removed_in_either_order_leave_no_hook() -> None:
 
 def test_removal_lets_the_host_memory_go() -> None:
     """Without the garbage collector: the slab may be most of the machine's memory."""
-    import weakref
-
     planned = put_under_plan(stack(feed_forward), "swap", call_toy)
     planned.model(rows()).sum().backward()
     model, slab = planned.model, weakref.ref(planned.slab)
@@ -1490,6 +1450,7 @@ def _engine_for(model: Any) -> Engine:
     return Engine(model, blocks, [{"x": SWAP}] * len(blocks), PlainCopies(HostSlab(1)))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, as its compiler is imported
 def test_a_compiled_block_is_refused() -> None:
     model = stack(feed_forward)
     model.blocks[1].compile()
@@ -1507,12 +1468,13 @@ def test_a_compiled_block_is_refused() -> None:
 
 def test_a_refused_model_is_not_touched() -> None:
     model = stack(feed_forward)
-    model.blocks[1].compile()
+    model.blocks[1].gradient_checkpointing = True
     with pytest.raises(UnsupportedModel):
         _engine_for(model)
     assert not any("forward" in block.__dict__ for block in model.blocks)
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")  # its newer name may not be there yet
 def test_gradient_checkpointing_is_refused() -> None:
     model = make_llama()
     model.gradient_checkpointing_enable()
@@ -1541,12 +1503,13 @@ def test_a_host_slab_that_is_too_small_is_a_warning(policy: str) -> None:
     plain_model = stack(feed_forward)
     torch.manual_seed(1)
     expected = train_toy(plain_model)
-    planned = put_under_plan(stack(feed_forward), policy, call_toy, slab_bytes=2 * ROWS * WIDTH * 4)
+    size_bytes = 2 * ROWS * WIDTH * torch.float32.itemsize
+    planned = put_under_plan(stack(feed_forward), policy, call_toy, slab_bytes=size_bytes)
     torch.manual_seed(1)
     if policy == "recompute":
         assert_same(train_toy(planned.model), expected)
         return
-    with pytest.warns(RuntimeWarning, match=r"^the host slab of 512 B is full") as found:
+    with pytest.warns(RuntimeWarning, match=f"^the host slab of {size_bytes} B is full") as found:
         assert_same(train_toy(planned.model), expected)
     assert len(found) == 1
     assert planned.slab.used_bytes == 0
