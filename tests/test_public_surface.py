@@ -40,6 +40,7 @@ NAMES = [
     "apply",
     "measure",
     "plan",
+    "replan",
     "report",
     "wrap",
 ]

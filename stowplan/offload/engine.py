@@ -7,7 +7,7 @@ run with hooks for saved tensors alone, no dispatch mode. Blocks that keep every
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,13 +22,14 @@ from stowplan.offload.recording import devices_of, parameter_of, record_call
 from stowplan.offload.tape.course import Course, allowed_actions
 from stowplan.offload.tape.rng import draw_position, set_position
 from stowplan.offload.tape.run import Counters, Departure, Run, unpack
-from stowplan.offload.tape.tape import Tape
+from stowplan.offload.tape.tape import Origin, Tape
 from stowplan.offload.tape.verify import verify
 
 __all__ = ["Engine", "PlannedBlock"]
 
 # A block whose calls keep departing from its tape is left alone after this many.
 _PATIENCE = 3
+_MAX_LISTED = 5
 
 
 class Engine:
@@ -136,17 +137,17 @@ class PlannedBlock:
         return recording.output
 
     def _resolve(self, tape: Tape) -> dict[int, Action]:
-        """The planned actions by value. Values that the plan does not know are kept."""
+        """The planned actions by value. At a block's first call plan and tape must agree on what is saved; a later
+        signature (another batch size) may save other values, which are kept."""
         allowed = allowed_actions(tape)
         names = {tape.values[v].name: v for v in allowed}
-        missing = sorted(
-            name for name, action in self.planned.items() if action is not Action.KEEP and name not in names
-        )
-        if missing and not self.courses:
+        made = {name for name, v in names.items() if tape.values[v].origin is Origin.MADE}
+        if not self.courses and (self.planned.keys() - names.keys() or made - self.planned.keys()):
             raise PlanMismatch(
-                f"{self.name} does not save {missing[0]!r}, which the plan decides on (it saves: "
-                f"{', '.join(sorted(names))}). The plan was made for another model, dtype, attention implementation or "
-                f"autocast setting: plan anew with this one."
+                f"{self.name} saves other values than the plan decides on. Planned, not saved: "
+                f"{_listed(self.planned.keys() - names.keys())}; saved, not planned: "
+                f"{_listed(made - self.planned.keys())}. The plan was made for another model, dtype, attention "
+                f"implementation or autocast setting: plan anew with this one."
             )
         actions: dict[int, Action] = {}
         for name, value in names.items():
@@ -158,3 +159,10 @@ class PlannedBlock:
 
     def _parameter_of(self, name: str) -> torch.Tensor:
         return parameter_of(self.module, name)
+
+
+def _listed(names: Collection[str]) -> str:
+    """A few names for a message."""
+    shown = sorted(names)[:_MAX_LISTED]
+    more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
+    return ", ".join(map(repr, shown)) + more if shown else "nothing"

@@ -5,7 +5,7 @@ inside kernels, in order. (The classic profiler backend: it is silent and keeps 
 recording operator names.) On CUDA the caching allocator's own counters serve.
 
 Note: what the CPU log cannot see
-    Frees of memory that was allocated before the log began are not reported, and neither are allocations in threads
+    Frees of memory that was allocated while no log was open are not reported, and neither are allocations in threads
     that the profiler does not follow. So whoever watches holds on to what was there before, or says when it goes
     (``MemoryLog.freed``).
 """
@@ -96,16 +96,21 @@ def _read_segments(threads: list[list[Any]]) -> list[Segment]:
         events.sort(key=lambda event: float(origin.cpu_elapsed_us(event)))
     segments: list[Segment] = []
     name, live, start, peak = "", 0, 0, 0
+    announced = 0  # by ``freed``; the allocator tells it once more if an earlier log saw the allocation
     for event in events:
         if event.kind() == "memory_alloc":
-            live += event.cpu_memory_usage()
-            peak = max(peak, live)
+            num_bytes = event.cpu_memory_usage()
+            if num_bytes != -announced:
+                live += num_bytes
+                peak = max(peak, live)
+            announced = 0
         elif event.kind() == "push" and event.name().startswith(_MARK):
             if name:
                 segments.append(Segment(name, start, peak, live))
             name, start, peak = event.name()[len(_MARK) :], live, live
         elif event.kind() == "push" and event.name().startswith(_FREED):
-            live -= int(event.name()[len(_FREED) :])
+            announced = int(event.name()[len(_FREED) :])
+            live -= announced
     segments.append(Segment(name, start, peak, live))
     return segments
 
