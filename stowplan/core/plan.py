@@ -32,8 +32,8 @@ Decisions = tuple[tuple[Action, ...], ...]
 class MomentBytes:
     """The highest live bytes during one moment of the step (a block's forward, the head, …), by what they are.
 
-    ``static_bytes`` parameters, buffers, batch, optimizer states and gradients that are held all step;
-    ``gradient_bytes`` those made by then; ``kept_bytes`` saved values of other blocks; ``working_bytes`` the block or phase at work itself;
+    ``static_bytes`` parameters, buffers, batch, optimizer states and gradients held all step; ``gradient_bytes`` those
+    made by then; ``kept_bytes`` saved values of other blocks; ``working_bytes`` the block or phase at work itself;
     ``staged_bytes`` swapped values of other blocks in flight. They add up to ``peak_bytes``.
     """
 

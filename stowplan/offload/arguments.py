@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 
-__all__ = ["flatten", "flatten_named", "signature", "tensors_in"]
+__all__ = ["Numbers", "flatten", "flatten_named", "signature", "tensors_in"]
 
 
 def flatten(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
@@ -56,17 +56,41 @@ def tensors_in(tree: Any) -> list[torch.Tensor]:
     return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
-def signature(leaves: Sequence[Any], training: bool) -> tuple[Any, ...]:
-    """What two calls must share for one tape to hold for both, as far as it can be seen from outside the block."""
-    parts: list[Any] = [training, *_autocast_state()]
+def signature(leaves: Sequence[Any], keywords: Iterable[str], numbers: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What two calls must share for one tape to hold for both, as far as it can be seen from outside the block.
+
+    ``leaves`` are the flattened arguments, ``keywords`` the names of those given by name, in order, and ``numbers``
+    what the block itself knows (``Numbers``). Tensors that share a storage must share it again.
+    """
+    parts: list[Any] = [*keywords, numbers, *_autocast_state()]
+    storages: dict[int, int] = {}
     for leaf in leaves:
-        if isinstance(leaf, torch.Tensor):
-            parts.append((leaf.shape, leaf.dtype, leaf.stride(), leaf.device, leaf.requires_grad))
+        if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided:
+            storage = leaf.untyped_storage()
+            alias = storages.setdefault(storage._cdata, len(storages))
+            shape = (leaf.shape, leaf.stride(), leaf.storage_offset(), storage.nbytes(), alias)
+            parts.append((*shape, leaf.dtype, leaf.device, leaf.requires_grad))
         elif leaf is None or isinstance(leaf, bool | int | float | str):
             parts.append((type(leaf), leaf))
         else:
             parts.append(type(leaf))
     return tuple(parts)
+
+
+class Numbers:
+    """The Python numbers, strings and flags of a module and its children: scales, probabilities, ``training``."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._places = [
+            (child.__dict__, name)
+            for child in module.modules()
+            for name, value in child.__dict__.items()
+            if isinstance(value, bool | int | float | str)
+        ]
+
+    def read(self) -> tuple[Any, ...]:
+        """What they are now."""
+        return tuple([attributes.get(name) for attributes, name in self._places])
 
 
 def _autocast_state() -> Iterator[Any]:

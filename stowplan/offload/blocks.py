@@ -37,6 +37,8 @@ def find_blocks(model: torch.nn.Module, blocks: Blocks = None) -> list[Block]:
     if isinstance(blocks, str):
         return _named_stack(model, blocks)
     names = {id(module): name for name, module in model.named_modules()}
+    if len({id(module) for module in blocks}) != len(blocks):
+        raise InvalidArgument("blocks= names a module twice; give each block once.")
     missing = [type(module).__name__ for module in blocks if id(module) not in names]
     if missing or not blocks:
         raise InvalidArgument(
@@ -54,7 +56,8 @@ def _named_stack(model: torch.nn.Module, name: str) -> list[Block]:
         raise InvalidArgument(
             f"blocks={name!r} is not in the model; containers of repeated modules: {', '.join(containers) or 'none'}."
         ) from None
-    children = [Block(f"{name}.{child}", module) for child, module in container.named_children()]
+    prefix = f"{name}." if name else ""
+    children = [Block(prefix + child, module) for child, module in container.named_children()]
     if not children:
         raise InvalidArgument(f"blocks={name!r} has no children; name a container of blocks.")
     return children

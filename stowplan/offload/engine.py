@@ -1,20 +1,22 @@
 """Carrying a plan out on the blocks of one model.
 
-The first call of each block (and of each new signature) runs under the recorder and is proved replayable; later calls
-run with hooks for saved tensors alone, no dispatch mode. Blocks that keep everything are not touched at all.
+The first two calls of each block (and of each new signature) run under the recorder and are proved replayable; later
+calls run with hooks for saved tensors alone, no dispatch mode. Blocks that keep everything are not touched at all.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from stowplan.core.errors import PlanMismatch
 from stowplan.core.program import Action
-from stowplan.offload.arguments import flatten, signature
+from stowplan.offload.arguments import Numbers, flatten, signature
 from stowplan.offload.blocks import Block, refuse_unsupported
 from stowplan.offload.copies import CopyEngine
 from stowplan.offload.intercept import Forward, Interception
@@ -27,8 +29,11 @@ from stowplan.offload.tape.verify import verify
 
 __all__ = ["Engine", "PlannedBlock"]
 
-# A block whose calls keep departing from its tape is left alone after this many.
-_PATIENCE = 3
+Signature = tuple[Any, ...]
+
+# A block that was recorded this often under one signature, or called in this many ways, is left alone.
+_MAX_RECORDINGS = 6
+_MAX_SIGNATURES = 32
 _MAX_LISTED = 5
 
 
@@ -57,21 +62,27 @@ class Engine:
 
     def remove(self) -> None:
         """Give every block its own forward back. Graphs already made stay valid."""
-        for block in self.blocks:
-            block.interception.remove()
+        while self.blocks:
+            self.blocks.pop().interception.remove()
 
 
 class PlannedBlock:
-    """One block under a plan."""
+    """One block under a plan.
+
+    A call of a new signature is recorded. Two recordings in a row must agree before calls follow the tape without being
+    recorded: what only the first call does (filling a cache, say) is no part of the steady state.
+    """
 
     def __init__(self, block: Block, planned: Mapping[str, Action], copies: CopyEngine, counters: Counters) -> None:
         self.name, self.module = block
         self.planned = dict(planned)
         self.copies = copies
         self.counters = counters
-        self.courses: dict[tuple[Any, ...], Course | None] = {}  # None: keep everything
+        self.tapes: dict[Signature, Tape] = {}  # the last recording
+        self.courses: dict[Signature, Course | None] = {}  # what to follow; None: keep everything
+        self.num_recordings: Counter[Signature] = Counter()
+        self.numbers = Numbers(self.module)
         self.devices = devices_of(self.module)
-        self.num_departures = 0
         self.busy = False
         self.interception = Interception(self.module, self.call)
 
@@ -80,7 +91,7 @@ class PlannedBlock:
         if self.busy or not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         leaves = flatten(args, kwargs)
-        key = signature(leaves, self.module.training)
+        key = signature(leaves, kwargs, self.numbers.read())
         self.busy = True
         try:
             if key not in self.courses:
@@ -94,7 +105,7 @@ class PlannedBlock:
 
     def _follow(
         self,
-        key: tuple[Any, ...],
+        key: Signature,
         course: Course,
         leaves: list[Any],
         forward: Forward,
@@ -102,6 +113,7 @@ class PlannedBlock:
         kwargs: dict[str, Any],
     ) -> Any:
         position = draw_position(self.devices)
+        buffers = [(b, b.clone()) for b in self.module.buffers()] if course.tape.writes_buffers else []
         run = Run(self.copies, self.counters)
         run.follow(course, leaves, self._parameter_of, position)
         try:
@@ -111,38 +123,57 @@ class PlannedBlock:
         except Departure:
             # What was dropped already cannot be had back: run the block again from its start, under the recorder.
             self.counters.departures += 1
-            self.num_departures += 1
             output = None
             set_position(position)
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
+            del self.courses[key]
             return self._record(key, forward, args, kwargs)
         self.counters.steady_calls += 1
         return output
 
-    def _record(self, key: tuple[Any, ...], forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _record(self, key: Signature, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         recording = record_call(self.module, forward, args, kwargs, self.copies, self.counters)
         self.counters.recorded_calls += 1
         tape, run = recording.recorder.finish(), recording.run
-        if tape.steady:
-            verify(tape, recording.given, recording.truth(), recording.position)
-        if not tape.steady or self.num_departures >= _PATIENCE:
-            self.courses[key] = None
-            run.keep_all()
-            reason = tape.unsteady_reason or f"its calls differ from each other ({self.num_departures} times)"
-            warnings.warn(f"{self.name} keeps everything it saves: {reason}.", RuntimeWarning, stacklevel=2)
-            return recording.output
-        course = self.courses[key] = Course(tape, self._resolve(tape))
-        run.follow(course, recording.leaves, self._parameter_of, recording.position)
-        run.adopt()
-        run.seal()
+        with _disable_current_modes():  # a block around this one may be recording, too
+            if tape.steady:
+                verify(tape, recording.given, recording.truth(), recording.position)
+            reason = self._reason_to_keep(key, tape)
+            if reason:
+                self.courses[key] = None
+                run.keep_all()
+                warnings.warn(f"{self.name} keeps everything it saves: {reason}.", RuntimeWarning, stacklevel=2)
+                return recording.output
+            course = Course(tape, self._resolve(tape))
+            run.follow(course, recording.leaves, self._parameter_of, recording.position)
+            run.adopt()
+            run.seal()
+        if self.tapes.get(key) == tape:
+            self.courses[key] = course
+        self.tapes[key] = tape
         return recording.output
 
+    def _reason_to_keep(self, key: Signature, tape: Tape) -> str:
+        """Why this block is to be left alone; empty if it is not."""
+        self.num_recordings[key] += 1
+        if not tape.steady:
+            return tape.unsteady_reason
+        if self.num_recordings[key] > _MAX_RECORDINGS:
+            return f"its calls do not do the same twice ({self.num_recordings[key]} recordings of one signature)"
+        if len(self.num_recordings) > _MAX_SIGNATURES:
+            return f"it was called in more than {_MAX_SIGNATURES} ways (shapes, arguments or numbers that change)"
+        return ""
+
     def _resolve(self, tape: Tape) -> dict[int, Action]:
-        """The planned actions by value. At a block's first call plan and tape must agree on what is saved; a later
-        signature (another batch size) may save other values, which are kept."""
+        """The planned actions by value. At a block's first recording plan and tape must agree on what is saved; a later
+        signature (another batch size) may save other values, which are kept.
+        """
         allowed = allowed_actions(tape)
         names = {tape.values[v].name: v for v in allowed}
         made = {name for name, v in names.items() if tape.values[v].origin is Origin.MADE}
-        if not self.courses and (self.planned.keys() - names.keys() or made - self.planned.keys()):
+        if not self.tapes and (self.planned.keys() - names.keys() or made - self.planned.keys()):
             raise PlanMismatch(
                 f"{self.name} saves other values than the plan decides on. Planned, not saved: "
                 f"{_listed(self.planned.keys() - names.keys())}; saved, not planned: "

@@ -45,6 +45,8 @@ class HostSlab:
 
     def take(self, size_bytes: int) -> Span:
         """Reserve ``size_bytes`` (rounded up to 64 in the slab)."""
+        if not size_bytes:
+            return Span(0, 0)
         need = _aligned(size_bytes)
         for i, hole in enumerate(self._holes):
             if hole.size_bytes >= need:
@@ -69,7 +71,7 @@ class HostSlab:
 
     def give_back(self, span: Span) -> None:
         """Free a span that ``take`` gave."""
-        if span.overflow is not None:
+        if span.overflow is not None or not span.size_bytes:
             return
         insort(self._holes, Span(span.start, _aligned(span.size_bytes)))
         joined: list[Span] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import types
 from collections.abc import Callable
 from typing import Any
@@ -11,38 +12,54 @@ import torch
 __all__ = ["Forward", "Interception"]
 
 Forward = Callable[..., Any]
+Handler = Callable[[Forward, tuple[Any, ...], dict[str, Any]], Any]
 
 
 class Interception:
     """Calls ``handler(forward, args, kwargs)`` wherever ``module.forward(*args, **kwargs)`` is called.
 
     It sits in the module's ``__dict__`` as ``forward``. A deep copy or a pickle of the module has its plain forward
-    again: a copy must never run the original's parameters.
+    again: a copy must never run the original's parameters. Several may stand on one module and go in any order.
     """
 
-    def __init__(
-        self, module: torch.nn.Module, handler: Callable[[Forward, tuple[Any, ...], dict[str, Any]], Any]
-    ) -> None:
+    def __init__(self, module: torch.nn.Module, handler: Handler) -> None:
         self.module = module
-        self.handler = handler
+        self.handler: Handler | None = handler
         self.forward: Forward = module.forward
         self.replaced = module.__dict__.get("forward")
         module.forward = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.handler is None:
+            return self.forward(*args, **kwargs)
         return self.handler(self.forward, args, kwargs)
 
     def remove(self) -> None:
-        """Put the module's own forward back. Removing twice does nothing."""
-        if self.module.__dict__.get("forward") is not self:
-            return
-        if self.replaced is None:
-            del self.module.__dict__["forward"]
-        else:
-            self.module.forward = self.replaced
+        """Put the module's own forward back. Removing twice does nothing.
+
+        While another stands in front of it, this one only lets calls through; it goes when the other does.
+        """
+        self.handler = None
+        top = self.module.__dict__.get("forward")
+        while isinstance(top, Interception) and top.handler is None:
+            if top.replaced is None:
+                del self.module.__dict__["forward"]
+            else:
+                self.module.forward = top.replaced
+            top = top.replaced
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Forward:
+        if self.replaced is not None:
+            own: Forward = copy.deepcopy(self.replaced, memo)
+            return own
         return types.MethodType(type(self.module).forward, memo.get(id(self.module), self.module))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return types.MethodType, (type(self.module).forward, self.module)
+        if self.replaced is not None:
+            return _itself, (self.replaced,)
+        # While the copy is being made it has no attributes yet, so this finds its class's method.
+        return getattr, (self.module, "forward")
+
+
+def _itself(forward: Forward) -> Forward:
+    return forward

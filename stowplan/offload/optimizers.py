@@ -6,6 +6,7 @@ steps real stand-ins of at most a few million parameters, scaled by their number
 
 from __future__ import annotations
 
+import inspect
 import time
 import warnings
 from collections.abc import Callable
@@ -44,6 +45,8 @@ def optimizer_cost(optimizer: torch.optim.Optimizer | None) -> OptimizerCost:
         return OptimizerCost(0, 0, 0.0)
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise InvalidArgument(f"optimizer={type(optimizer).__name__} is not a torch.optim.Optimizer.")
+    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = inner  # a wrapper around the one that steps
     partial = _partial_step(optimizer)
     dry = _dry_step(optimizer)
     if dry is None:
@@ -91,12 +94,12 @@ def _dry_step(optimizer: torch.optim.Optimizer) -> tuple[int, int] | None:
     with FakeTensorMode():
         twin = _twin(optimizer, torch.empty_strided)
         try:
-            twin.step()
+            _take_step(twin)
         except DataDependentOutputException:
             return None
         states = state_bytes(twin)
         with _LiveBytes() as live:
-            twin.step()
+            _take_step(twin)
         return states, live.peak_bytes
 
 
@@ -112,10 +115,10 @@ def _partial_step(optimizer: torch.optim.Optimizer) -> OptimizerCost:
     if not num_chosen:
         return OptimizerCost(0, 0, 0.0)
     twin = _twin(optimizer, _small_numbers, lambda p: id(p) in chosen)
-    twin.step()
+    _take_step(twin)
     seconds = sorted(_timed(twin, parameters) for _ in range(3))[1]
     with _LiveBytes() as live:
-        twin.step()
+        _take_step(twin)
     scale = sum(p.numel() for p in parameters) / num_chosen
     return OptimizerCost(
         round(state_bytes(twin) * scale), round(live.peak_bytes * scale), seconds * scale, exact=scale == 1
@@ -124,7 +127,7 @@ def _partial_step(optimizer: torch.optim.Optimizer) -> OptimizerCost:
 
 def _timed(optimizer: torch.optim.Optimizer, parameters: list[torch.Tensor]) -> float:
     start = time.perf_counter()
-    optimizer.step()
+    _take_step(optimizer)
     for device in {p.device for p in parameters if p.device.type == "cuda"}:
         torch.cuda.synchronize(device)
     return time.perf_counter() - start
@@ -133,6 +136,12 @@ def _timed(optimizer: torch.optim.Optimizer, parameters: list[torch.Tensor]) -> 
 def _small_numbers(*args: Any, **kwargs: Any) -> torch.Tensor:
     """Tensors of one small number: zeros and denormals would be timed wrongly."""
     return torch.empty_strided(*args, **kwargs).fill_(1e-3)
+
+
+def _take_step(optimizer: torch.optim.Optimizer) -> None:
+    """A step that no registered hook sees."""
+    with torch.no_grad():
+        inspect.unwrap(type(optimizer).step)(optimizer)
 
 
 def _twin(
@@ -155,5 +164,6 @@ def _twin(
         warnings.simplefilter("ignore")
         twin = object.__new__(type(optimizer))
         twin.__dict__.update(optimizer.__dict__)
+        twin.__dict__.pop("step", None)  # schedulers put one there that is bound to the real optimizer
         torch.optim.Optimizer.__init__(twin, groups, dict(optimizer.defaults))
     return twin

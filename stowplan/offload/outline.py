@@ -137,7 +137,7 @@ class Outline:
         if not self.calls:
             self._mark(BLOCKS_FORWARD)
         leaves = flatten(args, kwargs)
-        kind = (_likeness(block.module), signature(leaves, block.module.training))
+        kind = (_likeness(block.module), signature(leaves, kwargs, ()))
         if kind not in self.captures:
             self.on_progress(f"measuring {block.name} ({type(block.module).__name__})")
             self.captures[kind], self._templates[kind] = capture_block(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -35,8 +37,8 @@ def test_spans_are_apart_and_all_come_back(size_bytes: int, steps: list[tuple[st
         elif held:
             slab.give_back(held.pop(number % len(held)))
         inside = sorted((s.start, s.start + aligned(s.size_bytes)) for s in held if s.overflow is None)
-        assert all(end <= start for (_, end), (start, _) in zip(inside, inside[1:], strict=False))
-        assert all(0 <= start and start % ALIGNMENT == 0 and end <= slab.size_bytes for start, end in inside)
+        assert all(end <= start for (_, end), (start, _) in pairwise(inside))
+        assert all(start >= 0 and start % ALIGNMENT == 0 and end <= slab.size_bytes for start, end in inside)
         assert slab.used_bytes == sum(end - start for start, end in inside)
     for span in held:
         slab.give_back(span)

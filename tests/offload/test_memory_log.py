@@ -58,6 +58,16 @@ def test_what_goes_that_was_there_before() -> None:
     del after
 
 
+def test_what_an_earlier_log_saw_coming_goes_once() -> None:
+    """The allocator tells the free by itself then, right after it was announced."""
+    with memory_log(CPU):
+        before = bytes_(16 * KIB)
+    with memory_log(CPU) as log:
+        log.freed(16 * KIB)
+        del before
+    assert log.segments == [Segment("start", 0, 0, -16 * KIB)]
+
+
 def test_backward_is_seen() -> None:
     weight = torch.ones(KIB, requires_grad=True)
     size = weight.nbytes
@@ -74,8 +84,7 @@ def test_backward_is_seen() -> None:
     del loss
 
 
-def test_allocations_of_backward_threads_of_their_own_are_in_order() -> None:
-    """Marks and events of one thread stay in order whatever the others do."""
+def test_many_events_stay_in_order() -> None:
     with memory_log(CPU) as log:
         kept = [bytes_(KIB) for _ in range(100)]
         log.mark("end")
@@ -84,10 +93,10 @@ def test_allocations_of_backward_threads_of_their_own_are_in_order() -> None:
 
 
 def test_another_profiler_is_an_error() -> None:
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
-        with pytest.raises(InvalidArgument, match="a torch profiler .* is active in this thread.*end it first"):
-            CpuMemoryLog().__enter__()
-    with memory_log(CPU), pytest.raises(InvalidArgument, match="another stowplan.measure"):
+    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+    with profiler, pytest.raises(InvalidArgument, match=r"a torch profiler .* is active in this thread.*end it first"):
+        CpuMemoryLog().__enter__()
+    with memory_log(CPU), pytest.raises(InvalidArgument, match=r"another stowplan\.measure"):
         CpuMemoryLog().__enter__()
     with memory_log(CPU) as log:
         kept = bytes_(KIB)
@@ -96,10 +105,14 @@ def test_another_profiler_is_an_error() -> None:
 
 
 def test_an_exception_ends_the_log() -> None:
-    log = CpuMemoryLog()
-    with pytest.raises(ZeroDivisionError), log:
-        kept = bytes_(KIB)
-        log.mark(str(1 // 0))
+    log, kept = CpuMemoryLog(), []
+
+    def allocate_and_fail() -> None:
+        with log:
+            kept.append(bytes_(KIB))
+            raise ArithmeticError
+
+    with pytest.raises(ArithmeticError):
+        allocate_and_fail()
     assert log.segments == [Segment("start", 0, KIB, KIB)]
     assert not torch.autograd._profiler_enabled()
-    del kept

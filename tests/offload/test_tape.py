@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -20,7 +22,7 @@ from stowplan.offload.tape.replay import Replay, view_of
 from stowplan.offload.tape.rng import draw_position, rewound
 from stowplan.offload.tape.rules import rules_of
 from stowplan.offload.tape.run import Counters
-from stowplan.offload.tape.tape import Geometry, Origin, Tape, TapeOp, TapeValue
+from stowplan.offload.tape.tape import Geometry, Origin, Slot, Tape, TapeOp, TapeValue
 from stowplan.offload.tape.verify import verify
 
 aten = torch.ops.aten
@@ -72,14 +74,14 @@ def truth_of(tape: Tape, recording: Recording, name: str) -> torch.Tensor:
 # ---- recording -----------------------------------------------------------------------------------------------------
 def test_values_are_named_after_modules_and_ops() -> None:
     tape, _ = record(lambda block, x: torch.tanh(torch.tanh(block.linear(x))))
-    assert [(v.name, v.origin) for v in tape.values] == [
-        ("linear.bias", Origin.PARAMETER),
-        ("x", Origin.INPUT),
-        ("linear.weight", Origin.PARAMETER),
-        ("linear.addmm", Origin.MADE),
-        ("tanh", Origin.MADE),
-        ("tanh#2", Origin.MADE),
-    ]
+    assert {v.name: v.origin for v in tape.values} == {
+        "x": Origin.INPUT,
+        "linear.weight": Origin.PARAMETER,
+        "linear.bias": Origin.PARAMETER,
+        "linear.addmm": Origin.MADE,
+        "tanh": Origin.MADE,
+        "tanh#2": Origin.MADE,
+    }
     assert tape.steady
     assert [op.module for op in tape.ops] == ["linear", "", ""]
     saved = [tape.values[value].name for value in tape.saved_versions()]
@@ -95,7 +97,7 @@ def test_writes_in_place_are_versions() -> None:
 
 
 def test_views_are_no_ops() -> None:
-    tape, _ = record(lambda block, x: x.t().view(2, 2, WIDTH)[0].exp())
+    tape, _ = record(lambda block, x: x.t().unflatten(0, (2, -1))[1].exp())
     assert [op.func for op in tape.ops] == [aten.exp.default]
 
 
@@ -136,8 +138,6 @@ def op(reads: tuple[tuple[int, int], ...], makes: int | None, **facts: Any) -> T
 
 
 def slots(tape: Tape, *saved: tuple[int, int]) -> Tape:
-    from stowplan.offload.tape.tape import Slot
-
     tape.slots = [Slot(number, version, tape.values[number].geometry, False) for number, version in saved]
     return tape
 
@@ -226,7 +226,7 @@ def test_a_closure_takes_every_write_of_a_value() -> None:
 # ---- rules ---------------------------------------------------------------------------------------------------------
 def test_rules_come_from_the_schema() -> None:
     assert rules_of(aten.add_.Tensor).writes == ((0, "self", False),)
-    assert rules_of(aten.add.out).writes == ((2, "out", True),)
+    assert rules_of(aten.add.out).writes == ((3, "out", True),)
     assert rules_of(aten.bernoulli_.float).random
     assert not rules_of(aten.native_batch_norm.default).replayable
     assert rules_of(aten.nonzero.default).data_dependent
@@ -249,7 +249,7 @@ def test_source_frees_each_variable_after_its_last_use() -> None:
     assert re.fullmatch(r"def replay\((s\d+(, )?){3}\):", lines[0])
     made = [re.match(r"(v\d+) = ", line)[1] for line in lines if re.match(r"v\d+ = ", line)]  # type: ignore[index]
     assert len(made) == 4
-    for before, after in zip(made, made[1:], strict=False):
+    for before, after in itertools.pairwise(made):
         use = next(i for i, line in enumerate(lines) if line.startswith(f"{after} = "))
         assert before in lines[use]
         assert re.search(rf"\b{before}\b", lines[use + 1])
@@ -376,22 +376,16 @@ def test_negative_zero_and_nans_are_bits() -> None:
 
 
 def test_ops_are_watched_one_by_one() -> None:
-    from contextlib import contextmanager
-
     tape, recording = record(lambda block, x: block.linear(x).sin().exp())
     seen = []
 
     @contextmanager
-    def around(number: int) -> Any:
+    def around(number: int) -> Iterator[None]:
         seen.append(tape.ops[number].func)
         yield
 
     verify(tape, recording.given, recording.truth(), recording.position, around)
-    assert seen == [aten.addmm.default, aten.exp.default] or seen == [
-        aten.addmm.default,
-        aten.sin.default,
-        aten.exp.default,
-    ]
+    assert seen == [aten.addmm.default, aten.sin.default, aten.exp.default]
 
 
 def test_rewinding_comes_back_after_an_exception() -> None:
@@ -399,7 +393,12 @@ def test_rewinding_comes_back_after_an_exception() -> None:
     position = draw_position([CPU])
     first = torch.rand(3)
     state = torch.get_rng_state()
-    with pytest.raises(ZeroDivisionError), rewound(position):
-        assert torch.equal(torch.rand(3), first)
-        _ = 1 // 0
+
+    def draw_and_fail() -> None:
+        with rewound(position):
+            assert torch.equal(torch.rand(3), first)
+            raise ArithmeticError
+
+    with pytest.raises(ArithmeticError):
+        draw_and_fail()
     assert torch.equal(torch.get_rng_state(), state)

@@ -18,6 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from stowplan.offload.arguments import tensors_in
 from stowplan.offload.tape.rules import (
     ALLOCATIONS,
     advances_by_shape,
@@ -56,8 +57,9 @@ class Recorder(TorchDispatchMode):
         self._names: Counter[str] = Counter()
         self._stack: list[str] = [""]
         self._block = block
+        self._can_rewind = True  # until a random op whose use of the generator cannot be repeated on stand-ins
         for position, (name, leaf) in enumerate(leaves):
-            if isinstance(leaf, torch.Tensor):
+            if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided:
                 known = _Known(Origin.INPUT, name, position, Geometry.of(leaf))
                 self._known.setdefault(_storage_key(leaf), known)
         for name, tensor in _own_tensors(block):
@@ -68,6 +70,9 @@ class Recorder(TorchDispatchMode):
         """Note that autograd saves ``tensor``; gives its slot, None for tensor subclasses (not replayable)."""
         if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
             self.tape.forbid_steady(f"autograd saves a {type(tensor).__name__}")
+            return None
+        if tensor.layout is not torch.strided or tensor.is_conj() or tensor.is_neg():
+            self.tape.forbid_steady("autograd saves a sparse, conjugate or negative view")
             return None
         ref = self._ref(tensor)
         newest = self.tape.values[ref.value].writers[-1] == len(self.tape.ops) - 1
@@ -86,6 +91,10 @@ class Recorder(TorchDispatchMode):
             value = self._values.get(_storage_key(tensor))
             if value is not None and self.tape.values[value].origin is Origin.MADE:
                 self.tape.forbid_steady(f"{name} was made by this very call")
+        for met in self.tape.values:
+            given = met.origin is Origin.INPUT or met.parameter in dict(self._block.named_parameters())
+            if given and met.last_version > 0:
+                self.tape.forbid_steady(f"it changes {met.name!r} in place")
         self._values.clear()
         self._pins.clear()
         return self.tape
@@ -95,6 +104,16 @@ class Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        result = self._record(func, args, kwargs) if self._is_dense(args, kwargs) else func(*args, **kwargs)
+        if not self._is_dense((result,), {}):
+            self.tape.forbid_steady("a sparse tensor")
+        return result
+
+    @staticmethod
+    def _is_dense(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        return all(tensor.layout is torch.strided for tensor in tensors_in((args, kwargs)))
+
+    def _record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         rules = rules_of(func)
         if rules.data_dependent and not _indexes_by_numbers(func, args):
             self.tape.forbid_steady(f"{rules.name} depends on data")
@@ -121,9 +140,10 @@ class Recorder(TorchDispatchMode):
             module=self._stack[-1],
             reads=tuple(reads),
             random=random,
-            replayable=rules.replayable and (not random or advances_by_shape(func, kwargs)),
+            replayable=rules.replayable and (not random or (self._can_rewind and advances_by_shape(func, kwargs))),
             flops=_flops(func, args, kwargs, result),
         )
+        self._can_rewind &= not random or advances_by_shape(func, kwargs)
         number = len(self.tape.ops)
         self.tape.ops.append(op)
         op.makes = tuple((position, self._make(tensor, number, func, position)) for position, tensor in fresh)
@@ -137,7 +157,7 @@ class Recorder(TorchDispatchMode):
         if number is None:
             number = self._meet(tensor)
         value = self.tape.values[number]
-        if tensor.is_conj() or tensor.is_neg() or tensor.layout is not torch.strided:
+        if tensor.is_conj() or tensor.is_neg():
             value.opaque = True
         return Ref(number, value.last_version, Geometry.of(tensor))
 
@@ -181,8 +201,10 @@ class Recorder(TorchDispatchMode):
         return number
 
     def _is_fresh(self, result: Any) -> bool:
-        return isinstance(result, torch.Tensor) and not (
-            (key := _storage_key(result)) in self._values or key in self._known
+        return (
+            isinstance(result, torch.Tensor)
+            and result.layout is torch.strided
+            and not ((key := _storage_key(result)) in self._values or key in self._known)
         )
 
     # ---- names ----------------------------------------------------------------------------------------------------

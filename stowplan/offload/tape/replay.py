@@ -159,11 +159,11 @@ def _returns_list(op: TapeOp) -> bool:
 
 
 def advance(tape: Tape, op: TapeOp) -> None:
-    """Move the generator as the random ``op`` would, on tensors that hold nothing."""
+    """Move the generator as the random ``op`` would, on stand-ins for its arguments."""
 
     def stand_in(ref: Ref) -> torch.Tensor:
         dtype, size, stride, _ = ref.geometry
-        return torch.empty_strided(size, stride, dtype=dtype, device=tape.values[ref.value].device)
+        return torch.empty_strided(size, stride, dtype=dtype, device=tape.values[ref.value].device).zero_()
 
     args = [map_refs(argument, stand_in) for argument in op.args]
     op.func(*args, **{name: map_refs(argument, stand_in) for name, argument in op.kwargs.items()})

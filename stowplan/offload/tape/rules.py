@@ -48,6 +48,7 @@ class OpRules(NamedTuple):
     writes: tuple[tuple[int, str, bool], ...]  # arguments written in place: position, name, keyword only
     random: bool
     replayable: bool
+    writes_unseen: bool  # to tensors that its schema does not name
     data_dependent: bool
     reshapes: bool  # changes what a storage is, not only what is in it
 
@@ -67,6 +68,7 @@ def rules_of(func: Any) -> OpRules:
         writes=writes,
         random=random,
         replayable=func.namespace in ("aten", "prims") and name not in _HIDDEN_WRITES,
+        writes_unseen=name in _HIDDEN_WRITES,
         data_dependent=bool(_DATA_DEPENDENT & set(func.tags)),
         reshapes=name in _RESHAPING_WRITES,
     )

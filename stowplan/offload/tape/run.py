@@ -52,8 +52,9 @@ class HostCopy:
 
     def __init__(self, copies: CopyEngine, tensor: torch.Tensor) -> None:
         self.copies = copies
-        self.ticket: Ticket | None = copies.to_host(tensor)
         self.tensor: torch.Tensor | None = None
+        self.ticket: Ticket | None = None
+        self.ticket = copies.to_host(tensor)
 
     def fetch(self) -> torch.Tensor:
         """The value on the device; copied at the first call."""
@@ -116,7 +117,7 @@ class Run:
         for value, index in course.inputs:
             self._hold(value, leaves[index].detach())
         for value, name in course.parameters:
-            self._hold(value, parameter_of(name))
+            self._hold(value, parameter_of(name).detach())  # the storage of now, whatever .data is set to
 
     def _hold(self, value: int, tensor: torch.Tensor) -> None:
         self.sources[value] = tensor

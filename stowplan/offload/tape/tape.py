@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from stowplan.offload.tape.rules import rules_of
+
 __all__ = ["Geometry", "Origin", "Ref", "Slot", "Tape", "TapeOp", "TapeValue", "map_refs"]
 
 
@@ -85,7 +87,7 @@ class TapeValue:
     writers: list[int | None]
     position: int = -1  # among the flattened arguments, for inputs
     parameter: str = ""  # dotted name within the block, for parameters and buffers
-    constant: torch.Tensor | None = None  # outside tensors without bytes of their own
+    constant: torch.Tensor | None = field(default=None, compare=False)  # outside tensors without bytes of their own
     opaque: bool = False  # may hold bytes that no recorded op wrote
     lingers: bool = False  # kept alive by autocast's cache until the forward pass ends
     pinned: bool = False  # somebody else keeps it alive: moving it would save nothing
@@ -108,6 +110,12 @@ class Tape:
     def forbid_steady(self, reason: str) -> None:
         """Mark the tape as good for the call that made it only."""
         self.steady, self.unsteady_reason = False, reason
+
+    @property
+    def writes_buffers(self) -> bool:
+        """Does a call leave buffers changed, as batch norms do? Then it must not simply be made twice."""
+        seen = any(value.origin is Origin.PARAMETER and value.last_version > 0 for value in self.values)
+        return seen or any(rules_of(op.func).writes_unseen for op in self.ops)
 
     def saved_versions(self) -> dict[int, set[int]]:
         """Versions in which each value was saved, in order of first saving."""

@@ -41,6 +41,7 @@ def verify(
     available = {v for v in tape.saved_versions() if tape.saved_final(v)} - recomputable
     numbers, _ = tape.closure(recomputable, available)
     ops = set(numbers)
+    last_random = max((k for k in ops if tape.ops[k].random), default=-1)
     uses = Counter(key for k in ops for key in tape.ops[k].reads)
 
     def fetch(ref: Ref) -> torch.Tensor:
@@ -52,7 +53,7 @@ def verify(
     with below_autograd(), rewound(position):
         for k, op in enumerate(tape.ops):
             if k not in ops:
-                if op.random:
+                if op.random and k < last_random:
                     advance(tape, op)
                 continue
             args = [map_refs(argument, fetch) for argument in op.args]
