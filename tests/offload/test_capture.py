@@ -59,9 +59,9 @@ def test_predicted_peak_is_the_measured_one(name: str, amp: bool) -> None:
         assert peak == pytest.approx(planned.prediction.peak_bytes, rel=0.02)
 
 
-def test_gradients_that_are_held(name: str = "llama") -> None:
+def test_gradients_that_are_held() -> None:
     """With gradients that stay allocated the peak is higher by just them, and predicted so."""
-    model, optimizer = build(name)
+    model, optimizer = build("llama")
     batch = models.batch_for(0, **SHAPE)
     plan = session.plan(model, batch, budget="1GiB", optimizer=optimizer, hold_gradients=True)
 
@@ -129,9 +129,9 @@ def test_equal_blocks_share_one_program_and_unequal_ones_do_not() -> None:
     assert step.programs[1].gradient_bytes == 0
 
 
-def test_a_cache_keeps_keys_and_values_alive(name: str = "llama") -> None:
-    """With use_cache the model holds every block's keys and values: moving them would save nothing, so they are kept."""
-    model, _ = build(name)
+def test_a_cache_keeps_keys_and_values_alive() -> None:
+    """With use_cache the model holds keys and values of every block: moving them would save nothing."""
+    model, _ = build("llama")
     batch = models.batch_for(0, **SHAPE) | {"use_cache": True}
     (program,) = session.plan(model, batch, budget="1GiB").step.programs
     kept_only = [program.values[i] for i in program.saved if program.values[i].actions == (Action.KEEP,)]
