@@ -169,7 +169,7 @@ DEMO_EXAMPLES = """Examples:
 @app.command("demo", epilog=DEMO_EXAMPLES)
 def demo_command(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where plans and reports are written.")] = Path("demo-out"),
-    steps: Annotated[int, typer.Option(min=1, help="Training steps to measure.")] = 5,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of each run.")] = 7,
     quick: Annotated[bool, typer.Option("--quick", help="A smaller model, in under a minute.")] = False,
 ) -> None:
     """Plan a small model, train it with and without the plan, and compare losses bit by bit."""

@@ -180,7 +180,7 @@ def make_optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
 
 
 def _table(rows: list[Row]) -> Table:
-    table = Table(title="predicted / measured", caption="Bytes are live bytes on the device; seconds are medians.")
+    table = Table(title="predicted / measured", caption="Bytes are live bytes on the device; seconds are medians, the two steps left out that record the blocks.")
     for heading in ("run", "budget", "peak predicted", "measured", "error", "step predicted", "measured"):
         table.add_column(heading, justify="left" if heading == "run" else "right")
     for heading in ("recomputed", "swapped", "final loss"):
@@ -197,7 +197,7 @@ def _equal(row: Row, plain: Row) -> bool:
 def _cells(row: Row) -> tuple[str, ...]:
     measurement = row.measurement
     peak = max(measurement.peak_bytes)
-    seconds = statistics.median(measurement.step_seconds[1:] or measurement.step_seconds)
+    seconds = statistics.median(measurement.step_seconds[2:] or measurement.step_seconds)
     if row.plan is None:
         return "-", "-", format_bytes(peak), "-", "-", f"{seconds:.2f} s", "-", "-"
     predicted = row.plan.prediction

@@ -138,7 +138,11 @@ class PlannedBlock:
         self.counters.recorded_calls += 1
         tape, run = recording.recorder.finish(), recording.run
         with _disable_current_modes():  # a block around this one may be recording, too
-            if tape.steady:
+            before = self.tapes.get(key)
+            agrees = before is not None and before.does_the_same(tape)
+            if before is not None and agrees:
+                tape = before  # proved already
+            elif tape.steady:
                 verify(tape, recording.given, recording.truth(), recording.position)
             reason = self._reason_to_keep(key, tape)
             if reason:
@@ -150,7 +154,7 @@ class PlannedBlock:
             run.follow(course, recording.leaves, self._parameter_of, recording.position)
             run.adopt()
             run.seal()
-        if self.tapes.get(key) == tape:
+        if agrees:
             self.courses[key] = course
         self.tapes[key] = tape
         return recording.output

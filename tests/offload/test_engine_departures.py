@@ -17,6 +17,8 @@ from stowplan.offload.engine import Engine
 from stowplan.offload.host_slab import HostSlab
 from stowplan.offload.tape.run import Counters
 from tests.offload.toys import (
+    NUM_RECORDINGS,
+    NUM_STEPS,
     POLICIES,
     ROWS,
     SLAB_BYTES,
@@ -38,11 +40,18 @@ from tests.offload.toys import (
     train_toy,
 )
 
+MAX_RECORDINGS, MAX_SIGNATURES = 6, 32  # a block that takes more is left alone
+F, T = False, True
 
-# ---- blocks that do not do the same every time ---------------------------------------------------------------------
+
+# ---- departures ----------------------------------------------------------------------------------------------------
 def branching(block: Any, x: torch.Tensor) -> torch.Tensor:
+    return _branch(block, x, block.unseen.get("wide", False))
+
+
+def _branch(block: Any, x: torch.Tensor, wide: bool) -> torch.Tensor:
     hidden = functional.dropout(block.first(x), 0.3)
-    if getattr(block, "wide", False):
+    if wide:
         hidden = torch.cat([hidden, hidden.sin()], -1).tanh()[:, WIDTH // 2 : -WIDTH // 2]
     return block.second(hidden.tanh()) + x
 
@@ -50,7 +59,7 @@ def branching(block: Any, x: torch.Tensor) -> torch.Tensor:
 def _train_branching(model: Any, wide: Sequence[bool]) -> Tensors:
     found: Tensors = []
     for is_wide in wide:
-        model.blocks[1].wide = is_wide
+        model.blocks[1].unseen["wide"] = is_wide
         model(rows()).square().mean().backward()
         found += [*gradients(model), torch.rand(1)]
     return found
@@ -59,32 +68,58 @@ def _train_branching(model: Any, wide: Sequence[bool]) -> Tensors:
 @all_policies
 @pytest.mark.parametrize("first", [False, True])
 def test_a_block_that_departs_from_its_tape(first: bool, policy: str) -> None:
-    turns = [first, first, not first, not first, first, first]
+    """Whoever departs is recorded anew, until two recordings agree again."""
+    phases = [first, not first, first]
+    turns = [wide for wide in phases for _ in range(NUM_RECORDINGS + 1)]
 
     def make() -> Any:
         model = stack(branching)
-        model.blocks[1].wide = first
+        model.blocks[1].unseen["wide"] = first
         return model
 
     planned = assert_exact(make, lambda model: _train_branching(model, turns), policy, call_toy)
     counters = planned.engine.counters
-    assert counters.departures == 2
-    assert counters.recorded_calls == 3 + 2
-    assert counters.steady_calls == 3 * 6 - 3 - 2
+    num_recorded = (2 + len(phases)) * NUM_RECORDINGS
+    assert counters.departures == len(phases) - 1
+    assert counters.recorded_calls == num_recorded
+    assert counters.steady_calls == 3 * len(turns) - num_recorded
 
 
 @all_policies
-def test_a_block_that_keeps_departing_is_kept_with_a_warning(policy: str) -> None:
-    turns = [False, True, False, True, False, True]
+def test_recordings_that_disagree_are_made_until_two_agree(policy: str) -> None:
+    turns = [F, T, F, F, F, F]
+    planned = assert_exact(lambda: stack(branching), lambda model: _train_branching(model, turns), policy, call_toy)
+    counters = planned.engine.counters
+    num_recorded = 2 * NUM_RECORDINGS + 2 + NUM_RECORDINGS
+    assert counters.departures == 0
+    assert counters.recorded_calls == num_recorded
+    assert counters.steady_calls == 3 * len(turns) - num_recorded
+
+
+@all_policies
+@pytest.mark.parametrize(
+    ("turns", "num_departures"),
+    [
+        pytest.param([F, T, F, T, F, T, F, T, T, T], 0, id="no two recordings agree"),
+        pytest.param([F, F, T, T, F, F, T, T, T, F], 3, id="departing over and over"),
+        pytest.param([F, F, F, T, T, T, F, F, F, T, T, F], 3, id="departing from what was followed"),
+    ],
+)
+def test_a_block_that_is_never_the_same_is_kept_with_a_warning(
+    turns: list[bool], num_departures: int, policy: str
+) -> None:
     plain_model = stack(branching)
     torch.manual_seed(1)
-    expected = _train_branching(plain_model, turns)
+    expected = [*_train_branching(plain_model, turns), torch.get_rng_state()]
     planned = put_under_plan(stack(branching), policy, call_toy)
     torch.manual_seed(1)
-    with pytest.warns(RuntimeWarning, match=r"^blocks\.1 keeps everything it saves: .*\(3 times\)"):
-        found = _train_branching(planned.model, turns)
+    with pytest.warns(RuntimeWarning, match=r"^blocks\.1 keeps everything it saves: .*\(7 recordings") as warned:
+        found = [*_train_branching(planned.model, turns), torch.get_rng_state()]
     assert_same(found, expected)
-    assert planned.engine.counters.departures == 3
+    assert len(warned) == 1
+    counters = planned.engine.counters
+    assert counters.departures == num_departures
+    assert counters.recorded_calls == 2 * NUM_RECORDINGS + MAX_RECORDINGS + 1
     assert planned.slab.used_bytes == 0
 
 
@@ -93,13 +128,14 @@ def test_freezing_and_unfreezing_midway(policy: str) -> None:
     """Other tensors are saved, and the models' own cache is filled by a call that is then made again."""
 
     def train(model: Any) -> Tensors:
-        for step in range(6):
+        for step in range(3 * (NUM_RECORDINGS + 1)):
             for name, parameter in model.named_parameters():
-                parameter.requires_grad_(step not in (2, 3) or "q_proj" in name)
+                parameter.requires_grad_(step // (NUM_RECORDINGS + 1) != 1 or "q_proj" in name)
             model(**tokens(step)).loss.backward()
         return gradients(model)
 
-    assert_exact(make_llama, train, policy, lambda model: model(**tokens(0)))
+    planned = assert_exact(make_llama, train, policy, lambda model: model(**tokens(0)))
+    assert planned.engine.counters.departures > 0
 
 
 def _branching_batch_norm(block: Any, x: torch.Tensor) -> torch.Tensor:
@@ -109,8 +145,11 @@ def _branching_batch_norm(block: Any, x: torch.Tensor) -> torch.Tensor:
 @all_policies
 def test_departing_does_not_count_a_batch_twice(policy: str) -> None:
     """The block is run again from its start; running statistics must not notice."""
-    turns = [False, True, True]
-    assert_exact(lambda: stack(_branching_batch_norm), lambda model: _train_branching(model, turns), policy, call_toy)
+    turns = [F] * NUM_RECORDINGS + [T] * (NUM_RECORDINGS + 1)
+    planned = assert_exact(
+        lambda: stack(_branching_batch_norm), lambda model: _train_branching(model, turns), policy, call_toy
+    )
+    assert planned.engine.counters.departures == 1
 
 
 class WritesItsInput(nn.Module):
@@ -131,7 +170,7 @@ def _writing_its_input(block: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 @all_policies
-@pytest.mark.parametrize("turns", [[False, False, False], [False, True, True]])
+@pytest.mark.parametrize("turns", [[F] * NUM_STEPS, [F] * NUM_RECORDINGS + [T] * NUM_STEPS])
 def test_a_block_that_changes_its_input_in_place(turns: list[bool], policy: str) -> None:
     """It may depart, too: then it either is exact or says that it cannot be run again, but never changes it twice."""
 
@@ -152,6 +191,7 @@ def test_a_block_that_changes_its_input_in_place(turns: list[bool], policy: str)
         assert_same(found, expected)
 
 
+# ---- numbers of the block ------------------------------------------------------------------------------------------
 def _annealed_dropout(block: Any, x: torch.Tensor) -> torch.Tensor:
     return block.second(functional.dropout(block.first(x), block.rate).tanh()) + x
 
@@ -160,27 +200,94 @@ def _annealed_scale(block: Any, x: torch.Tensor) -> torch.Tensor:
     return block.second(torch.sin(block.first(x) * block.rate)) + x
 
 
-@all_policies
-@pytest.mark.parametrize("body", [_annealed_dropout, _annealed_scale])
-def test_a_number_of_the_block_that_changes_between_steps(body: Body, policy: str) -> None:
-    """The same tensors in the same shapes, made with another number."""
+def _flagged(block: Any, x: torch.Tensor) -> torch.Tensor:
+    return _branch(block, x, wide=block.rate < 0.5)
 
+
+def _make_annealed(body: Body) -> Any:
+    model = stack(body)
+    for block in model.blocks:
+        block.rate = 0.5
+    return model
+
+
+@all_policies
+@pytest.mark.parametrize("body", [_annealed_dropout, _annealed_scale, _flagged])
+def test_a_number_of_the_block_that_changes_between_steps(body: Body, policy: str) -> None:
+    """The same tensors in the same shapes, made with another number; or quite other ones. Each has its own tape."""
+    rates = [0.5, 0.4, 0.3]
+
+    def train(model: Any) -> Tensors:
+        for rate in rates * NUM_STEPS:
+            for block in model.blocks:
+                block.rate = rate
+            model(rows()).square().mean().backward()
+        return gradients(model)
+
+    planned = assert_exact(lambda: _make_annealed(body), train, policy, call_toy)
+    num_ways = len(planned.engine.blocks) * len(rates)
+    counters = planned.engine.counters
+    assert counters.departures == 0
+    assert counters.recorded_calls == num_ways * NUM_RECORDINGS
+    assert counters.steady_calls == num_ways * (NUM_STEPS - NUM_RECORDINGS)
+
+
+def _scaled_if_at_all(block: Any, x: torch.Tensor) -> torch.Tensor:
+    rate = getattr(block, "rate", None)
+    return block.second(torch.sin(block.first(x) * (1.0 if rate is None else rate))) + x
+
+
+@all_policies
+@pytest.mark.parametrize("before", ["None", "not there"])
+def test_a_number_that_the_block_got_after_planning(before: str, policy: str) -> None:
     def make() -> Any:
-        model = stack(body)
-        for block in model.blocks:
-            block.rate = 0.5
+        model = stack(_scaled_if_at_all)
+        if before == "None":
+            model.blocks[1].rate = None
         return model
 
     def train(model: Any) -> Tensors:
-        for step in range(4):
-            for block in model.blocks:
-                block.rate = 0.5 - 0.1 * step
-            model(rows()).square().mean().backward()
-        return gradients(model)
+        found: Tensors = []
+        for rate in [0.5, 0.4]:
+            model.blocks[1].rate = rate
+            for _ in range(NUM_RECORDINGS + 1):
+                model(rows()).square().mean().backward()
+                found += gradients(model)
+        return found
 
     assert_exact(make, train, policy, call_toy)
 
 
+@all_policies
+@pytest.mark.parametrize("body", [_annealed_dropout, _annealed_scale])
+def test_a_block_that_is_called_in_ever_new_ways_is_kept_with_a_warning(body: Body, policy: str) -> None:
+    new_rates = [0.5 - step / 100 for step in range(1, MAX_SIGNATURES + 4)]
+
+    def train(model: Any) -> Tensors:
+        found: Tensors = []
+        for rate in [*[0.5] * NUM_RECORDINGS, *new_rates, new_rates[0], 0.5]:
+            model.blocks[1].rate = rate
+            loss = model(rows()).square().mean()
+            loss.backward()
+            found += [loss.detach(), *gradients(model)]
+        return found
+
+    plain_model = _make_annealed(body)
+    torch.manual_seed(1)
+    expected = [*train(plain_model), torch.get_rng_state()]
+    planned = put_under_plan(_make_annealed(body), policy, call_toy)
+    torch.manual_seed(1)
+    with pytest.warns(RuntimeWarning, match=r"^blocks\.1 keeps everything it saves: .* more than 32 ways") as warned:
+        found = [*train(planned.model), torch.get_rng_state()]
+    assert_same(found, expected)
+    assert planned.engine.counters.departures == 0
+    assert planned.slab.used_bytes == 0
+    # The first of the ways is recorded NUM_RECORDINGS times; each new one once, and the one too many is the last.
+    assert planned.engine.counters.recorded_calls == 3 * NUM_RECORDINGS + MAX_SIGNATURES
+    assert len(warned) == 1
+
+
+# ---- what only some calls do ---------------------------------------------------------------------------------------
 def _same_noise_every_step(block: Any, x: torch.Tensor) -> torch.Tensor:
     if not hasattr(block, "noise"):
         block.noise = torch.randn(ROWS, WIDTH)
@@ -190,11 +297,15 @@ def _same_noise_every_step(block: Any, x: torch.Tensor) -> torch.Tensor:
 @all_policies
 def test_what_the_first_call_makes_for_all_later_ones(policy: str) -> None:
     def train(model: Any) -> Tensors:
-        for _ in range(3):
+        for _ in range(NUM_STEPS + 1):
             model(rows()).square().mean().backward()
         return gradients(model)
 
-    assert_exact(lambda: stack(_same_noise_every_step), train, policy, call_toy)
+    planned = assert_exact(lambda: stack(_same_noise_every_step), train, policy, call_toy)
+    counters = planned.engine.counters
+    num_recorded = 3 * (1 + NUM_RECORDINGS)
+    num_steady = 3 * (NUM_STEPS + 1) - num_recorded
+    assert (counters.recorded_calls, counters.steady_calls, counters.departures) == (num_recorded, num_steady, 0)
 
 
 def _picks_rows(block: Any, x: torch.Tensor) -> torch.Tensor:

@@ -82,6 +82,11 @@ def _complex_numbers(block: Any, x: torch.Tensor) -> torch.Tensor:
     return block.second(torch.fft.irfft(spectrum * spectrum.conj() * 0.1, n=WIDTH)) + x
 
 
+def _spectrum(block: Any, x: torch.Tensor) -> torch.Tensor:
+    spectrum = torch.fft.rfft(block.first(x))
+    return block.second(torch.fft.irfft(spectrum * spectrum * 0.1, n=WIDTH)) + x
+
+
 def _an_outside_tensor(block: Any, x: torch.Tensor) -> torch.Tensor:
     return block.second((block.first(x) * OUTSIDE).tanh()) + x
 
@@ -116,6 +121,7 @@ BODIES = [
     _inplace_relu,
     _many_results,
     _complex_numbers,
+    _spectrum,
     _an_outside_tensor,
     _random_numbers_of_all_kinds,
     _samples,
@@ -241,13 +247,14 @@ def _sparse(block: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 @all_policies
-def test_a_sparse_tensor_inside_is_exact(policy: str) -> None:
-    plain_model = stack(_sparse)
+@pytest.mark.parametrize(("body", "planned_value"), [(_sparse, "tanh"), (_complex_numbers, "mul")])
+def test_a_sparse_tensor_or_a_conjugate_view_inside_is_exact(body: Body, planned_value: str, policy: str) -> None:
+    plain_model = stack(body)
     torch.manual_seed(1)
     expected = train_toy(plain_model)
-    model = stack(_sparse)
+    model = stack(body)
     blocks = [Block(name, model.get_submodule(name)) for name in block_names(model)]
-    Engine(model, blocks, [{"tanh": POLICIES[policy][0]}] * 3, PlainCopies(HostSlab(SLAB_BYTES)))
+    Engine(model, blocks, [{planned_value: POLICIES[policy][0]}] * 3, PlainCopies(HostSlab(SLAB_BYTES)))
     torch.manual_seed(1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # whether such a block is kept is not the matter here

@@ -29,6 +29,47 @@ from stowplan.offload.tape.course import allowed_actions
 from stowplan.offload.tape.run import Counters
 from stowplan.offload.tape.tape import Tape
 
+__all__ = [
+    "Body",
+    "KEEP",
+    "NUM_RECORDINGS",
+    "NUM_STEPS",
+    "POLICIES",
+    "RECOMPUTE",
+    "ROWS",
+    "SLAB_BYTES",
+    "SWAP",
+    "Stack",
+    "Tensors",
+    "ToyBlock",
+    "WIDTH",
+    "actions_of",
+    "all_policies",
+    "assert_exact",
+    "assert_same",
+    "assert_toy_is_exact",
+    "block_names",
+    "call_language_model",
+    "call_toy",
+    "call_with_input_gradient",
+    "choose",
+    "collector_off",
+    "decide",
+    "feed_forward",
+    "gradients",
+    "make_gpt2",
+    "make_llama",
+    "num_alive",
+    "put_under_plan",
+    "rows",
+    "stack",
+    "tokens",
+    "train_toy",
+    "views_of_the_input",
+    "with_custom_function",
+    "with_dropout",
+]
+
 KEEP, SWAP, RECOMPUTE = Action.KEEP, Action.SWAP, Action.RECOMPUTE
 ROWS, WIDTH = 4, 16
 NUM_RECORDINGS = 2  # equal ones in a row, before calls of a signature follow the tape
@@ -249,7 +290,7 @@ def assert_exact(
 
 
 def train_toy(model: Any, num_steps: int = NUM_STEPS) -> Tensors:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9)
     found: Tensors = []
     for _ in range(num_steps):
         optimizer.zero_grad()

@@ -69,10 +69,10 @@ class TapeOp:
     makes: tuple[tuple[int, int], ...] = ()  # (position among the results, value)
     writes: tuple[tuple[int, int], ...] = ()  # (value, version after)
     random: bool = False
-    replayable: bool = True
-    seconds: float = 0.0
-    workspace_bytes: int = 0
-    flops: int = 0
+    replayable: bool = field(default=True, compare=False)
+    seconds: float = field(default=0.0, compare=False)
+    workspace_bytes: int = field(default=0, compare=False)
+    flops: int = field(default=0, compare=False)
 
 
 @dataclass(slots=True)
@@ -89,8 +89,8 @@ class TapeValue:
     parameter: str = ""  # dotted name within the block, for parameters and buffers
     constant: torch.Tensor | None = field(default=None, compare=False)  # outside tensors without bytes of their own
     opaque: bool = False  # may hold bytes that no recorded op wrote
-    lingers: bool = False  # kept alive by autocast's cache until the forward pass ends
-    pinned: bool = False  # somebody else keeps it alive: moving it would save nothing
+    lingers: bool = field(default=False, compare=False)  # kept alive by autocast's cache until the forward pass ends
+    pinned: bool = field(default=False, compare=False)  # somebody else keeps it alive: moving it would save nothing
 
     @property
     def last_version(self) -> int:
@@ -106,6 +106,10 @@ class Tape:
     slots: list[Slot] = field(default_factory=list)
     steady: bool = True
     unsteady_reason: str = ""
+
+    def does_the_same(self, other: Tape) -> bool:
+        """Are ops, values and slots the same? What was found out about them since does not count."""
+        return (self.ops, self.values, self.slots, self.steady) == (other.ops, other.values, other.slots, other.steady)
 
     def forbid_steady(self, reason: str) -> None:
         """Mark the tape as good for the call that made it only."""
