@@ -6,6 +6,7 @@ in-place write makes a new Value of zero bytes' growth (the storage is counted o
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -82,6 +83,11 @@ class BlockProgram:
     def saved(self) -> tuple[int, ...]:
         """Indices of the saved values, in order: what a plan decides on."""
         return tuple(i for i, value in enumerate(self.values) if value.saved)
+
+    def unsaved_inputs(self, ops: Iterable[int]) -> set[int]:
+        """Inputs of the block that ``ops`` read and autograd does not save: who replays ``ops`` has to hold them."""
+        read = {value for op in ops for value in self.ops[op].inputs}
+        return {v for v in read if self.values[v].producer is None and not self.values[v].saved}
 
     @cached_property
     def saved_bytes(self) -> int:

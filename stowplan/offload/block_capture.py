@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from stowplan.core.program import Action, BlockProgram, Op, Value
+from stowplan.core.program import BlockProgram, Op, Value
 from stowplan.offload.arguments import flatten, tensors_in
 from stowplan.offload.copies import PlainCopies
 from stowplan.offload.host_slab import HostSlab
@@ -289,7 +289,6 @@ def _clear_gradients(module: torch.nn.Module, held_gradients: bool) -> None:
 def _single_assignment(tape: Tape, own_inputs: set[int]) -> tuple[tuple[Value, ...], tuple[Op, ...]]:
     """Values and ops for the planner: parameters and shared inputs left out, a value's versions told apart."""
     allowed = allowed_actions(tape)
-    needed = _inputs_needed(tape)
     numbers: dict[tuple[int, int], int] = {}
     values: list[Value] = []
     for number, value in enumerate(tape.values):
@@ -299,8 +298,6 @@ def _single_assignment(tape: Tape, own_inputs: set[int]) -> tuple[tuple[Value, .
         for version, writer in enumerate(value.writers):
             last = version == value.last_version
             actions = allowed.get(number, ()) if last else ()
-            if is_input and last and not actions and number in needed:
-                actions = (Action.KEEP,)  # a replay starts from it, so the engine holds it
             numbers[number, version] = len(values)
             values.append(
                 Value(
@@ -329,14 +326,6 @@ def _core_op(op: TapeOp, tape: Tape, numbers: dict[tuple[int, int], int]) -> Op:
         replayable=op.replayable and not any(tape.values[value].opaque for value, _ in makes),
         causal_attention="scaled_dot_product" in op.func._schema.name and _is_causal(op),
     )
-
-
-def _inputs_needed(tape: Tape) -> set[int]:
-    """Inputs that a replay of everything recomputable starts from."""
-    recomputable = tape.recomputable() if tape.steady else set()
-    available = {v for v in tape.saved_versions() if tape.saved_final(v)} - recomputable
-    _, sources = tape.closure(recomputable, available)
-    return {v for v in sources if tape.values[v].origin is Origin.INPUT}
 
 
 def _is_causal(op: TapeOp) -> bool:

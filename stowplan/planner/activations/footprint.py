@@ -60,8 +60,8 @@ def measure_block(program: BlockProgram, choices: ProgramChoices, actions: tuple
             running.update(choices.chains[position])
         if value.lingers and action is not Action.KEEP:
             alive += value.size_bytes
-    kept += program.held_bytes
     ops = sorted(running)
+    kept += program.held_bytes + sum(program.values[v].size_bytes for v in program.unsaved_inputs(ops))
     peak = program.backward_peak_bytes
     if ops:
         resident = kept + swapped

@@ -79,6 +79,7 @@ def add_cell(
             if op not in runs:
                 runs[op] = rows.variable(0, 1)
             rows.at_least([(runs[op], 1), (kept, 1), (swapped, 1)], 1)
+    inputs = _held_inputs(rows, program, runs, scale)
     held = program.held_bytes / scale.bytes
     lingering = [size if value.lingers else 0.0 for value, size in zip(saved, sizes, strict=True)]
     alive = held + program.lingering_bytes / scale.bytes + sum(lingering)
@@ -88,15 +89,27 @@ def add_cell(
         seconds.append((priced, program.ops[op].seconds / scale.seconds))
     peak = rows.variable(program.backward_peak_bytes / scale.bytes)
     if not token_rows:
-        _add_replay_rows(rows, program, pairs, runs, peak, scale)
+        _add_replay_rows(rows, program, pairs, runs, inputs, peak, scale)
+    kept_sizes = [(k, size) for (k, _), size in zip(pairs, sizes, strict=True)]
+    alive_sizes = [(k, size - rest) for (k, size), rest in zip(kept_sizes, lingering, strict=True)]
     return Cell(
-        kept=rows.total([(k, size) for (k, _), size in zip(pairs, sizes, strict=True)], held),
-        alive=rows.total([(k, size - rest) for (k, _), size, rest in zip(pairs, sizes, lingering, strict=True)], alive),
+        kept=rows.total([*kept_sizes, *inputs], held),
+        alive=rows.total([*alive_sizes, *inputs], alive),
         swapped=rows.total([(s, size) for (_, s), size in zip(pairs, sizes, strict=True)]),
         seconds=rows.total(seconds),
         backward_peak=peak,
         actions=tuple(pairs),
     )
+
+
+def _held_inputs(
+    rows: Rows, program: BlockProgram, runs: dict[int, Variable], scale: Scale
+) -> list[tuple[Variable, float]]:
+    """Inputs that autograd does not save but a replay starts from: held (1) if any op that reads them runs."""
+    readers = {
+        v: [run for op, run in runs.items() if v in program.ops[op].inputs] for v in program.unsaved_inputs(runs)
+    }
+    return [(_any_of(rows, read), program.values[v].size_bytes / scale.bytes) for v, read in readers.items()]
 
 
 def _quadratic(rows: Rows, run: Variable) -> Variable:
@@ -112,13 +125,14 @@ def _add_replay_rows(
     program: BlockProgram,
     pairs: Sequence[tuple[Variable, Variable]],
     runs: dict[int, Variable],
+    inputs: Sequence[tuple[Variable, float]],
     peak: Variable,
     scale: Scale,
 ) -> None:
     """The bytes live during each op of a replay, as linear rows below ``peak``.
 
     Note: replay bytes are linear. During op o the device has what is held, every saved value made by o or earlier
-    (kept, swapped in, or recomputed by then), later saved values unless they are recomputed (k + s of their size),
+    (kept, swapped in, or recomputed by then), inputs held for the replay, later saved values unless they are recomputed (k + s of their size),
     second copies of kept or swapped outputs of o (ρ_o − (1 − k − s) of their size), and unsaved values made so far
     that a later op of the replay reads (ρ of the readers). If o does not run, the row is implied: by that of the op
     before it that runs, which has at least the same values, or, where none runs, by the bound on saved bytes that
@@ -135,8 +149,8 @@ def _add_replay_rows(
         for run in runs.values():
             rows.at_least([(any_run, 1), (run, -1)], 0)
     for op in sorted(runs):
-        terms: list[tuple[Variable, float]] = [(runs[op], program.ops[op].workspace_bytes / scale.bytes)]
-        constant, most = base, base + program.ops[op].workspace_bytes / scale.bytes
+        terms: list[tuple[Variable, float]] = [(runs[op], program.ops[op].workspace_bytes / scale.bytes), *inputs]
+        constant, most = base, base + sum(factor for _, factor in terms)
         for (kept, swapped), index in zip(pairs, program.saved, strict=True):
             size, maker = bytes_of[index], program.values[index].producer
             if maker is not None and maker > op:

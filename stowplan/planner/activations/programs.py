@@ -84,7 +84,8 @@ def relax(
 def _spread(rows: Rows, problem: Problem, group: Sequence[int], average: Cell, scale: Scale) -> list[Cell]:
     """Cells of the blocks of ``group`` whose quantities sum up to those of ``average`` times their number."""
     program = problem.step.program_of(group[0])
-    most = (program.saved_bytes + program.lingering_bytes) / scale.bytes
+    inputs = sum(program.values[v].size_bytes for v in program.unsaved_inputs(range(len(program.ops))))
+    most = (program.saved_bytes + program.lingering_bytes + inputs) / scale.bytes
     longest = sum(op.seconds for op in program.ops) / scale.seconds
     limits = {"kept": most, "alive": most, "swapped": most, "seconds": longest}
     own = {name: [rows.variable(0, limit) for _ in group] for name, limit in limits.items()}

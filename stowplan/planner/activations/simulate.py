@@ -121,13 +121,17 @@ def _walk(problem: Problem, number: int, actions: tuple[Action, ...]) -> _Block:
             block.lingering += size
     block.backward_peak = program.backward_peak_bytes
     if wanted:
-        peak, block.replay_seconds = _replay(program, present, wanted)
+        peak, block.replay_seconds, held = _replay(program, present, wanted)
+        block.kept += held
         block.backward_peak = max(block.backward_peak, program.output_gradient_bytes + peak)
     return block
 
 
-def _replay(program: BlockProgram, present: set[int], wanted: list[int]) -> tuple[int, float]:
-    """Make ``wanted`` from ``present`` values and block inputs; returns peak bytes above the block's entry, seconds."""
+def _replay(program: BlockProgram, present: set[int], wanted: list[int]) -> tuple[int, float, int]:
+    """Make ``wanted`` from ``present`` values and block inputs.
+
+    Returns peak bytes above the block's entry, seconds, and the bytes of inputs held for it that nothing saves.
+    """
     demanded: set[int] = set()
     stack = list(wanted)
     while stack:
@@ -142,7 +146,9 @@ def _replay(program: BlockProgram, present: set[int], wanted: list[int]) -> tupl
             uses_left[value] = uses_left.get(value, 0) + 1
     for value in wanted:
         uses_left[value] = uses_left.get(value, 0) + 1  # the backward pass reads it: never freed here
-    fixed = program.held_bytes + sum(program.values[value].size_bytes for value in present)
+    given = [value for value in uses_left if program.values[value].producer is None]
+    held = sum(program.values[value].size_bytes for value in given)
+    fixed = program.held_bytes + held + sum(program.values[value].size_bytes for value in present)
     made: set[int] = set()
     peak, seconds = fixed, 0.0
     for number, op in enumerate(program.ops):
@@ -154,7 +160,7 @@ def _replay(program: BlockProgram, present: set[int], wanted: list[int]) -> tupl
         for value in set(op.inputs) - present:
             uses_left[value] -= 1
         made = {value for value in made if uses_left.get(value, 0) > 0}
-    return peak, seconds
+    return peak, seconds, held
 
 
 def _forward_tasks(problem: Problem, blocks: list[_Block], memory: _Memory) -> list[_Task]:
