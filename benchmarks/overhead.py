@@ -18,6 +18,7 @@ import torch
 import transformers
 
 from benchmarks.record import write_record
+from stowplan import session
 from stowplan.core.program import Action
 from stowplan.offload.blocks import find_blocks
 from stowplan.offload.copies import PlainCopies
@@ -35,24 +36,23 @@ def tiny_llama() -> torch.nn.Module:
     return transformers.LlamaForCausalLM(config).train()
 
 
-class Uniform(dict[str, Action]):
-    """One action for every value that allows it."""
-
-    def __init__(self, action: Action) -> None:
-        super().__init__()
-        self.action = action
-
-    def get(self, name: str, default: Any = None) -> Any:
-        return self.action
-
-
 def hooked(action: Action) -> Callable[[torch.nn.Module], None]:
+    """Every block hooked, also where all is kept, which a plan would not touch."""
+
     def apply(model: torch.nn.Module) -> None:
+        (program,) = session.plan(tiny_llama(), make_batch(), budget="1GiB").step.programs
+        values = [program.values[i] for i in program.saved]
+        planned = {value.name: action if action in value.actions else Action.SWAP for value in values}
         copies, counters = PlainCopies(HostSlab(1 << 26)), Counters()
         for block in find_blocks(model):
-            PlannedBlock(block, {}, copies, counters).planned = Uniform(action)
+            PlannedBlock(block, planned, copies, counters)
 
     return apply
+
+
+def make_batch() -> dict[str, Any]:
+    ids = torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(1))
+    return {"input_ids": ids, "labels": ids, "use_cache": False}
 
 
 def untouched(model: torch.nn.Module) -> None:
@@ -99,8 +99,7 @@ def run(num_rounds: int) -> list[dict[str, Any]]:
     models = {name: tiny_llama() for name in CONTENDERS}
     for name, prepare in CONTENDERS.items():
         prepare(models[name])
-    ids = torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(1))
-    batch = {"input_ids": ids, "labels": ids, "use_cache": False}
+    batch = make_batch()
     for model in models.values():
         for _ in range(5):
             step(model, batch)

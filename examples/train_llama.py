@@ -1,7 +1,7 @@
 """An ordinary training loop, and the two lines that make it fit.
 
-    python examples/train_llama.py                      # as it was
-    python examples/train_llama.py --budget 300MiB      # planned at the first batch, same losses to the last bit
+python examples/train_llama.py                      # as it was
+python examples/train_llama.py --budget 300MiB      # planned at the first batch, same losses to the last bit
 """
 
 from __future__ import annotations

@@ -251,6 +251,10 @@ def _told_errors() -> Iterator[None]:
         if error.filename is None:
             raise
         _fail(f"{error.filename}: {error.strerror}", BAD_INPUT)
+    except (TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
+        if not any("the model's forward" in note for note in getattr(error, "__notes__", ())):
+            raise
+        _fail(f"the model's forward failed on the job's batch: {type(error).__name__}: {error}", BAD_INPUT)
 
 
 def _fail(message: str, code: int) -> NoReturn:

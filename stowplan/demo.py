@@ -182,7 +182,7 @@ def make_optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
 def _table(rows: list[Row]) -> Table:
     table = Table(
         title="predicted / measured",
-        caption="Bytes are live bytes on the device; seconds are medians, the two steps left out that record the blocks.",
+        caption="Bytes are live bytes on the device; seconds are medians without the two steps that record.",
     )
     for heading in ("run", "budget", "peak predicted", "measured", "error", "step predicted", "measured"):
         table.add_column(heading, justify="left" if heading == "run" else "right")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import platform
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -18,7 +19,7 @@ from stowplan.core.hardware import Hardware, preset
 from stowplan.core.plan import Plan
 from stowplan.core.program import Action
 from stowplan.core.units import format_bytes, parse_bytes
-from stowplan.offload.arguments import tensors_in
+from stowplan.offload.arguments import flatten_named, tensors_in
 from stowplan.offload.blocks import Block, Blocks, find_blocks, refuse_unsupported
 from stowplan.offload.calibrate import RESERVE_BYTES, device_budget_bytes, host_budget_bytes, measure_hardware
 from stowplan.offload.capture import capture
@@ -36,6 +37,8 @@ Model = TypeVar("Model", bound=torch.nn.Module)
 Size = int | str
 LossFunction = Callable[[Any, Any], Any]
 
+# On errors of the user's own model, so that who shows them can tell them from ours.
+FORWARD_NOTE = "raised by the model's forward on the batch that was given to stowplan.plan"
 # Room for the 64-byte alignment of each swapped value in the host slab.
 _SLAB_ALIGNMENT = 64
 
@@ -230,11 +233,15 @@ class _Batch:
             )
 
     def forward(self) -> Any:
-        if isinstance(self.batch, Mapping):
-            return self.model(**self.batch)
-        if isinstance(self.batch, torch.Tensor):
-            return self.model(self.batch)
-        return self.model(*self.batch)
+        try:
+            if isinstance(self.batch, Mapping):
+                return self.model(**self.batch)
+            if isinstance(self.batch, torch.Tensor):
+                return self.model(self.batch)
+            return self.model(*self.batch)
+        except (TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
+            error.add_note(FORWARD_NOTE)
+            raise
 
     def loss_of(self, output: Any) -> torch.Tensor:
         """The scalar to differentiate. Raises InvalidArgument where there is none."""
@@ -308,25 +315,45 @@ class AppliedPlan:
     """
 
     def __init__(self, plan: Plan, model: torch.nn.Module) -> None:
+        device = _device_of(model)
+        if plan.hardware.device_type != device.type:
+            raise PlanMismatch(
+                f"the plan was made for {plan.hardware.device_type} ({plan.hardware.name}), but the model is on "
+                f"{device}. Move the model there, or plan anew."
+            )
         if model in _applied:
             raise InvalidArgument("a plan is applied to this model already; call remove() on its handle first.")
         self.plan = plan
-        self.on_remove: Callable[[], None] = lambda: None
+        self.counters = Counters()
         self._model = weakref.ref(model)
-        self.engine = Engine(model, _named_blocks(model, plan), _decisions(plan), PlainCopies(_slab(plan, model)))
+        self.resume()
+
+    def resume(self) -> None:
+        """Put the hooks on the blocks."""
+        model = self._model()
+        assert model is not None
+        copies = PlainCopies(_slab(self.plan, model))
+        self.engine = Engine(model, _named_blocks(model, self.plan), _decisions(self.plan), copies, self.counters)
         _applied[model] = self
 
-    @property
-    def counters(self) -> Counters:
-        return self.engine.counters
+    def suspend(self) -> bool:
+        """Take the hooks off the blocks. False if another plan is in force by now, or none."""
+        self.engine.remove()
+        model = self._model()
+        if model is None or _applied.get(model) is not self:
+            return False
+        del _applied[model]
+        return True
 
     def remove(self) -> None:
-        """Take all hooks away; the model is as it was. Removing twice does nothing."""
-        self.engine.remove()
-        self.on_remove()
+        """Take all hooks away, ``wrap``'s too; the model is as it was. Removing twice, or a plan that another one has
+        replaced, does nothing.
+        """
         model = self._model()
-        if model is not None and _applied.get(model) is self:
-            del _applied[model]
+        if self.suspend() and model is not None:
+            wrapper = _wrapper_of(model)
+            if wrapper is not None:
+                wrapper.interception.remove()
 
     def __enter__(self) -> AppliedPlan:
         return self
@@ -402,6 +429,8 @@ def wrap(
     for size, name in ((budget, "budget"), (host_budget, "host_budget")):
         if size != "auto":
             parse_bytes(size, name)
+    if model in _applied or _wrapper_of(model) is not None:
+        raise InvalidArgument("the model is wrapped, or has a plan applied to it, already; take that away first.")
     refuse_unsupported(model, find_blocks(model, blocks))
     options = {"budget": budget, "host_budget": host_budget, "optimizer": optimizer, "blocks": blocks}
     _Wrapper(model, loss_fn, {**options, "hold_gradients": hold_gradients, "hold_output": hold_output})
@@ -409,44 +438,56 @@ def wrap(
 
 
 class _Wrapper:
-    """Plans at a model's first forward, and again when batches grow."""
+    """Plans at a model's first training forward, and again when batches grow."""
 
     def __init__(self, model: torch.nn.Module, loss_fn: LossFunction | None, options: dict[str, Any]) -> None:
-        self.model = model
         self.loss_fn = loss_fn
         self.options = options
-        self.num_planned_elements = 0
+        self.largest: dict[str, tuple[int, ...]] = {}  # shape of each tensor argument that was planned for
         self.busy = False
         self.interception = Interception(model, self.call)
 
     def call(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        num_elements = sum(tensor.numel() for tensor in tensors_in((args, kwargs)))
-        if torch.is_grad_enabled() and num_elements > self.num_planned_elements and not self.busy:
+        if self.busy or not (torch.is_grad_enabled() and self.interception.module.training):
+            return forward(*args, **kwargs)
+        shapes = {name: tuple(leaf.shape) for name, leaf in flatten_named(forward, args, kwargs) if _is_tensor(leaf)}
+        if any(_exceeds(shape, self.largest.get(name)) for name, shape in shapes.items()):
             self.busy = True
             try:
                 self._plan(forward, args, kwargs)
             finally:
                 self.busy = False
-            self.num_planned_elements = num_elements
+            self.largest = {name: _envelope(shape, self.largest.get(name)) for name, shape in shapes.items()}
         return forward(*args, **kwargs)
 
     def _plan(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        before = _applied.get(self.model)
+        """Plan for this call and put the plan in force; if there is none, the one before stays in force."""
+        model = self.interception.module
+        before = _applied.get(model)
         if before is not None:
-            before.engine.remove()
-            del _applied[self.model]
+            before.suspend()
+        try:
+            made = self._made(model, forward, args, kwargs)
+        except BaseException:
+            if before is not None:
+                before.resume()
+            raise
+        AppliedPlan(made, model)
+
+    def _made(self, model: torch.nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:
         batch = {**{str(i): argument for i, argument in enumerate(args)}, **kwargs}
-        run = _Batch(self.model, batch, self.loss_fn)
+        run = _Batch(model, batch, self.loss_fn)
         outside: list[str] = []
 
         def loss_of(output: Any) -> torch.Tensor:
-            if self.loss_fn is not None or _own_loss(output) is not None:
+            differentiable = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
+            if self.loss_fn is not None or _own_loss(output) is not None or not differentiable:
                 return run.loss_of(output)
             outside[:] = ["the loss is computed outside the model and not counted: give loss_fn= to count it"]
-            return torch.stack([tensor.sum() for tensor in tensors_in(output) if tensor.requires_grad]).sum()
+            return torch.stack([tensor.sum() for tensor in differentiable]).sum()
 
         made = _plan(
-            self.model,
+            model,
             lambda: forward(*args, **kwargs),
             loss_of,
             batch,
@@ -456,8 +497,31 @@ class _Wrapper:
             on_progress=lambda message: None,
             **self.options,
         )
-        made = replace(made, assumptions=(*made.assumptions, *outside))
-        AppliedPlan(made, self.model).on_remove = self.interception.remove
+        for said in outside:
+            warnings.warn(f"stowplan.wrap: {said}.", RuntimeWarning, stacklevel=2)
+        return replace(made, assumptions=(*made.assumptions, *outside))
+
+
+def _is_tensor(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor)
+
+
+def _exceeds(shape: tuple[int, ...], planned: tuple[int, ...] | None) -> bool:
+    return planned is None or len(planned) != len(shape) or any(a > b for a, b in zip(shape, planned, strict=True))
+
+
+def _envelope(shape: tuple[int, ...], planned: tuple[int, ...] | None) -> tuple[int, ...]:
+    if planned is None or len(planned) != len(shape):
+        return shape
+    return tuple(map(max, shape, planned))
+
+
+def _wrapper_of(model: torch.nn.Module) -> _Wrapper | None:
+    """The wrapper in front of the model's forward. It is found there and kept nowhere else, so that it goes with it."""
+    forward = model.__dict__.get("forward")
+    handler = forward.handler if isinstance(forward, Interception) else None
+    owner = getattr(handler, "__self__", None)
+    return owner if isinstance(owner, _Wrapper) else None
 
 
 def applied(model: torch.nn.Module) -> AppliedPlan | None:

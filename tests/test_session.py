@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -221,7 +222,8 @@ def test_wrap_leaves_evaluation_alone() -> None:
 def test_wrap_without_a_loss_says_what_it_does_not_count() -> None:
     model = stowplan.wrap(models.llama(), budget="1GiB")
     ids = models.batch_for(0)["input_ids"]
-    logits = model(input_ids=ids, use_cache=False).logits
+    with pytest.warns(RuntimeWarning, match="outside the model"):
+        logits = model(input_ids=ids, use_cache=False).logits
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten()).backward()
     handle = stowplan.applied(model)
     assert handle is not None
@@ -271,3 +273,97 @@ def test_measured_peak_counts_gradients_from_before() -> None:
 
     assert peak(set_to_none=False) > peak(set_to_none=True)
     assert peak(set_to_none=False) - peak(set_to_none=True) < gradient_bytes
+
+
+def test_a_wrapped_model_is_freed() -> None:
+    import weakref
+
+    model = stowplan.wrap(models.llama(), budget="1GiB")
+    gone = weakref.ref(model)
+    steps(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_wrapping_twice_or_over_a_plan_is_refused(planned: stowplan.Plan) -> None:
+    model = stowplan.wrap(models.llama(num_blocks=4), budget="1GiB")
+    with pytest.raises(stowplan.InvalidArgument, match="already"):
+        stowplan.wrap(model, budget="1GiB")
+    other = models.llama(num_blocks=4)
+    stowplan.apply(planned, other)
+    with pytest.raises(stowplan.InvalidArgument, match="already"):
+        stowplan.wrap(other, budget="1GiB")
+
+
+def test_a_failed_replan_leaves_the_plan_before_in_force(planned: stowplan.Plan) -> None:
+    model, plain = stowplan.wrap(models.llama(num_blocks=4), budget=planned.budget_bytes), models.llama(num_blocks=4)
+    assert same(steps(model, 1), steps(plain, 1))
+    with pytest.raises(stowplan.InfeasibleBudget):
+        model(**models.batch_for(0, batch=4, sequence=256))
+    assert same(steps(model), steps(plain))
+    handle = stowplan.applied(model)
+    assert handle is not None
+    assert handle.counters.recomputed_bytes + handle.counters.swapped_bytes > 0
+
+
+def test_hooks_on_parameters_do_not_run_while_planning() -> None:
+    """Optimizers that step in backward hang there; planning must not train."""
+    model = models.llama()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    calls = []
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: calls.append(p.data.mul_(0.5)))
+        parameter.register_hook(calls.append)
+    stowplan.plan(model, models.batch_for(0), budget="1GiB")
+    assert calls == []
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    model(**models.batch_for(0)).loss.backward()
+    assert len(calls) == 2 * len(list(model.parameters()))
+
+
+def test_frozen_lower_layers() -> None:
+    """Embedding and first block frozen, the usual fine-tuning: the first block has no backward."""
+    model = models.llama(num_blocks=4)
+    for parameter in (*model.model.embed_tokens.parameters(), *model.model.layers[0].parameters()):
+        parameter.requires_grad_(False)
+    plan = stowplan.plan(model, models.batch_for(0, **SHAPE), budget="1GiB")
+    middle = stowplan.replan(plan, budget=(plan.unplanned.peak_bytes + plan.least_budget_bytes) // 2)
+
+    def train(model: torch.nn.Module) -> list[torch.Tensor]:
+        model.zero_grad()
+        for step in range(4):
+            model(**models.batch_for(step, **SHAPE)).loss.backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    plain = train(model)
+    with stowplan.apply(middle, model):
+        assert same(train(model), plain)
+
+
+def test_a_constant_that_nothing_shows_is_caught_by_the_sample() -> None:
+    class Block(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = torch.nn.Linear(16, 16), torch.nn.Linear(16, 16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(torch.sin(self.first(x) * SCALE["scale"]))
+
+    SCALE = {"scale": 1.0}
+    model = torch.nn.Sequential(Block(), Block())
+    x, loss = torch.randn(8, 16), lambda output, batch: output.square().mean()
+    plan = stowplan.plan(model, x, budget="1GiB", loss_fn=loss)
+    programs = [plan.step.program_of(block) for block in range(2)]
+    recomputed = tuple(
+        tuple(Action.RECOMPUTE if Action.RECOMPUTE in p.values[i].actions else Action.KEEP for i in p.saved)
+        for p in programs
+    )
+    assert any(Action.RECOMPUTE in actions for actions in recomputed)
+    with stowplan.apply(replace(plan, decisions=recomputed), model):
+        for _ in range(3):
+            model(x).square().mean().backward()
+        SCALE["scale"] = 0.5
+        with pytest.raises(stowplan.ReplayMismatch, match="was recomputed and is not what the forward pass had"):
+            for _ in range(8):
+                model(x).square().mean().backward()

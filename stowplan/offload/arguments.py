@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ def _flatten(tree: Any, leaves: list[Any]) -> None:
     if isinstance(tree, tuple | list):
         for item in tree:
             _flatten(item, leaves)
-    elif isinstance(tree, dict):
+    elif isinstance(tree, Mapping):
         for item in tree.values():
             _flatten(item, leaves)
     else:
@@ -42,7 +42,7 @@ def _named_leaves(name: str, tree: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(tree, tuple | list):
         for i, item in enumerate(tree):
             yield from _named_leaves(f"{name}.{i}", item)
-    elif isinstance(tree, dict):
+    elif isinstance(tree, Mapping):
         for key, item in tree.items():
             yield from _named_leaves(f"{name}.{key}", item)
     else:
@@ -68,8 +68,8 @@ def signature(leaves: Sequence[Any], keywords: Iterable[str], numbers: tuple[Any
         if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided:
             storage = leaf.untyped_storage()
             alias = storages.setdefault(storage._cdata, len(storages))
-            shape = (leaf.shape, leaf.stride(), leaf.storage_offset(), storage.nbytes(), alias)
-            parts.append((*shape, leaf.dtype, leaf.device, leaf.requires_grad))
+            view = (leaf.shape, leaf.stride(), leaf.storage_offset(), alias)
+            parts.append((*view, leaf.dtype, leaf.device, leaf.requires_grad))
         elif leaf is None or isinstance(leaf, bool | int | float | str):
             parts.append((type(leaf), leaf))
         else:
@@ -77,20 +77,52 @@ def signature(leaves: Sequence[Any], keywords: Iterable[str], numbers: tuple[Any
     return tuple(parts)
 
 
+_PLAIN = bool | int | float | str
+_MAX_ITEMS = 16  # of a list or tuple of numbers that is read along
+
+
 class Numbers:
-    """The Python numbers, strings and flags of a module and its children: scales, probabilities, ``training``."""
+    """The numbers, strings and flags that a module, its children, and the plain objects they hold (configs) have now.
+
+    Scales, probabilities, ``training``: what a block may compute with that is no argument and no tensor.
+    """
 
     def __init__(self, module: torch.nn.Module) -> None:
-        self._places = [
-            (child.__dict__, name)
-            for child in module.modules()
-            for name, value in child.__dict__.items()
-            if isinstance(value, bool | int | float | str)
-        ]
+        self._module = module
+        self._find()
 
     def read(self) -> tuple[Any, ...]:
-        """What they are now."""
-        return tuple([attributes.get(name) for attributes, name in self._places])
+        """What they are now, with their types."""
+        if sum(map(len, self._sources)) != self._num_attributes:
+            self._find()
+        values = [attributes.get(name) for attributes, name in self._places]
+        types = tuple(map(type, values))
+        if types != self._types:  # some may have become lists or tensors
+            values = [v if v is None or isinstance(v, _PLAIN) else _items(v) for v in values]
+        return (*values, *[_items(attributes.get(name)) for attributes, name in self._lists], types)
+
+    def _find(self) -> None:
+        modules = [child.__dict__ for child in self._module.modules()]
+        held = {id(v): vars(v) for attributes in modules for v in attributes.values() if _is_record(v)}
+        self._sources = [*modules, *held.values()]
+        self._num_attributes = sum(map(len, self._sources))
+        named = [(attributes, name, value) for attributes in self._sources for name, value in attributes.items()]
+        self._places = [(a, name) for a, name, value in named if value is None or isinstance(value, _PLAIN)]
+        self._lists = [(a, name) for a, name, value in named if isinstance(value, list | tuple)]
+        self._types = tuple(type(attributes[name]) for attributes, name in self._places)
+
+
+def _items(value: Any) -> tuple[Any, ...] | None:
+    """A short list or tuple of numbers as a tuple; None for anything else."""
+    if isinstance(value, list | tuple) and len(value) <= _MAX_ITEMS and all(isinstance(v, _PLAIN) for v in value):
+        return tuple(value)
+    return None
+
+
+def _is_record(value: Any) -> bool:
+    """An object that holds attributes, as configs do, and is no tensor, module, class or function."""
+    others = (torch.Tensor, torch.nn.Module, Mapping, Set)
+    return hasattr(value, "__dict__") and not (callable(value) or isinstance(value, others))
 
 
 def _autocast_state() -> Iterator[Any]:

@@ -43,9 +43,14 @@ class BlockCapture:
     backward_peak_bytes: int
     output_gradient_bytes: int
     gradient_bytes: int
-    held_bytes: int
+    unseen_bytes: int  # alive after forward by the allocator, less those that the tape knows of
     lingering_bytes: int
     num_refuted: int  # ops whose replay did not give the same bits
+
+    @property
+    def held_bytes(self) -> int:
+        """What autograd functions keep beside what they save."""
+        return max(0, self.unseen_bytes)
 
     def program(self, shared: set[int]) -> BlockProgram:
         """The program, once it is known which arguments (by position) all blocks share: those are not its own."""
@@ -107,7 +112,7 @@ def capture_block(
         backward_peak_bytes=segments["backward"].peak_bytes - segments["forward"].start_bytes,
         output_gradient_bytes=sum(t.untyped_storage().nbytes() for t in tensors_in(output) if t.requires_grad),
         gradient_bytes=0 if held_gradients else _gradient_bytes(module),
-        held_bytes=max(0, graph.start_bytes - segments["forward"].start_bytes - alive_bytes),
+        unseen_bytes=graph.start_bytes - segments["forward"].start_bytes - alive_bytes,
         lingering_bytes=lingering_bytes,
         num_refuted=num_refuted,
     )
@@ -207,9 +212,14 @@ class _Detour(torch.autograd.Function):
         return None, *gradients
 
 
-def _graph_end(output: Any) -> torch.Tensor:
-    """A scalar whose backward gives every differentiable output a random gradient, without keeping the output."""
+def _graph_end(output: Any) -> torch.Tensor | None:
+    """A scalar whose backward gives every differentiable output a random gradient, without keeping the output.
+
+    None for a frozen block, which has no backward.
+    """
     outputs = [t for t in tensors_in(output) if t.requires_grad]
+    if not outputs:
+        return None
     end: torch.Tensor = _Detour.apply([torch.randn_like(t) for t in outputs], *outputs)  # type: ignore[no-untyped-call]
     return end
 
@@ -263,7 +273,9 @@ def _measure_times(
     return middle - start, time.perf_counter() - second
 
 
-def _backward(end: torch.Tensor, device: torch.device) -> None:
+def _backward(end: torch.Tensor | None, device: torch.device) -> None:
+    if end is None:
+        return
     with torch.autocast(device.type, enabled=False):
         end.backward()
 

@@ -39,6 +39,11 @@ def find_blocks(model: torch.nn.Module, blocks: Blocks = None) -> list[Block]:
     names = {id(module): name for name, module in model.named_modules()}
     if len({id(module) for module in blocks}) != len(blocks):
         raise InvalidArgument("blocks= names a module twice; give each block once.")
+    nested = [names[id(m)] for m in blocks for outer in blocks if m is not outer and m in set(outer.modules())]
+    if nested:
+        raise InvalidArgument(
+            f"blocks= names {nested[0]}, which is inside another of the blocks; give the outer ones only."
+        )
     missing = [type(module).__name__ for module in blocks if id(module) not in names]
     if missing or not blocks:
         raise InvalidArgument(

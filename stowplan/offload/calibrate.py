@@ -90,12 +90,17 @@ def _nvml_free_bytes(device: torch.device) -> int:
         raise MissingDependency(
             'budget="auto" on CUDA needs NVML: pip install "stowplan[cuda]", or say budget= in bytes.'
         ) from None
-    pynvml.nvmlInit()
+    free_by_driver, _ = torch.cuda.mem_get_info(device)
     try:
-        uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-        return int(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByUUID(uuid)).free)
-    finally:
-        pynvml.nvmlShutdown()
+        pynvml.nvmlInit()
+        try:
+            uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+            free = int(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByUUID(uuid)).free)
+        finally:
+            pynvml.nvmlShutdown()
+    except pynvml.NVMLError:
+        return int(free_by_driver)  # a slice of a card (MIG), or no NVML library: the driver's word is all there is
+    return min(free, int(free_by_driver))
 
 
 def host_budget_bytes() -> int:
@@ -127,10 +132,17 @@ def _cgroups(root: Path = Path("/sys/fs/cgroup")) -> list[tuple[int, int]]:
         for folder in (group, *group.parents):
             limit, used = _read(folder / limit_name).strip(), _read(folder / use_name).strip()
             if limit.isdigit() and used.isdigit():
-                found.append((int(limit), int(used)))
+                found.append((int(limit), int(used) - _page_cache_bytes(folder / "memory.stat")))
             if folder == base:
                 break
     return found
+
+
+def _page_cache_bytes(stat: Path) -> int:
+    """File pages that the kernel gives up when memory is asked for."""
+    entries = dict(line.split(maxsplit=1) for line in _read(stat).splitlines() if " " in line)
+    inactive = entries.get("inactive_file", "0").strip()
+    return int(inactive) if inactive.isdigit() else 0
 
 
 def _read(path: Path) -> str:

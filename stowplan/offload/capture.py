@@ -12,6 +12,7 @@ from stowplan.core.program import Phase, StepProgram
 from stowplan.core.units import format_bytes
 from stowplan.offload.arguments import tensors_in
 from stowplan.offload.blocks import Block, refuse_unsupported
+from stowplan.offload.buffers import Buffers
 from stowplan.offload.optimizers import OptimizerCost, optimizer_cost, state_bytes
 from stowplan.offload.outline import (
     BLOCKS_BACKWARD,
@@ -27,6 +28,9 @@ from stowplan.offload.recording import devices_of
 from stowplan.offload.tape.rng import restored
 
 __all__ = ["Capture", "capture"]
+
+
+_NOTABLE_BYTES = 4096  # that the tape and the allocator may differ by without a word
 
 
 class Capture(NamedTuple):
@@ -80,19 +84,25 @@ def capture(
 
 @contextmanager
 def _untouched(model: torch.nn.Module) -> Iterator[None]:
-    """Put gradients, buffers and random generators back as they are now."""
+    """Put gradients, buffers and random generators back as they are now; hooks on parameters do not run meanwhile.
+
+    Such a hook may step an optimizer or start a reduction: what is captured is no training step.
+    """
     gradients = [(p, p.grad) for p in model.parameters()]
-    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    registries = [hooks for p in model.parameters() for hooks in (p._backward_hooks, p._post_accumulate_grad_hooks)]
+    registered = [(hooks, dict(hooks)) for hooks in registries if hooks]
+    buffers = Buffers(model)
+    for hooks, _ in registered:
+        hooks.clear()
     try:
         with restored(devices_of(model)), torch.enable_grad():
             yield
     finally:
+        for hooks, content in registered:
+            hooks.update(content)
         for parameter, gradient in gradients:
             parameter.grad = gradient
-        with torch.no_grad():
-            for buffer, before in buffers:
-                if not torch.equal(buffer, before):
-                    buffer.copy_(before)
+        buffers.restore()
 
 
 def _reset_gradients(model: torch.nn.Module, hold_gradients: bool) -> None:
@@ -180,6 +190,8 @@ def _assumptions(
             said.append(
                 f"{capture.name}: {capture.num_refuted} ops do not give the same bits again and are not replayed"
             )
+        if capture.unseen_bytes < -_NOTABLE_BYTES:
+            said.append(f"{capture.name}: {format_bytes(-capture.unseen_bytes)} that the tape counts are not allocated")
         if capture.held_bytes:
             said.append(f"{capture.name} holds {format_bytes(capture.held_bytes)} that only the allocator sees")
     return tuple(said)

@@ -1,7 +1,8 @@
 """Carrying a plan out on the blocks of one model.
 
-The first two calls of each block (and of each new signature) run under the recorder and are proved replayable; later
-calls run with hooks for saved tensors alone, no dispatch mode. Blocks that keep everything are not touched at all.
+The first two calls of each block (and of each new signature) run under the recorder; the first is proved replayable,
+the second must agree with it. Later calls run with hooks for saved tensors alone, no dispatch mode. Blocks that keep
+everything are not touched at all.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from stowplan.core.errors import PlanMismatch
+from stowplan.core.errors import PlanMismatch, ReplayMismatch
 from stowplan.core.program import Action
 from stowplan.offload.arguments import Numbers, flatten, signature
 from stowplan.offload.blocks import Block, refuse_unsupported
+from stowplan.offload.buffers import Buffers
 from stowplan.offload.copies import CopyEngine
 from stowplan.offload.intercept import Forward, Interception
 from stowplan.offload.recording import devices_of, parameter_of, record_call
@@ -31,8 +33,9 @@ __all__ = ["Engine", "PlannedBlock"]
 
 Signature = tuple[Any, ...]
 
-# A block that was recorded this often under one signature, or called in this many ways, is left alone.
+# A block that was recorded this often under one signature is left alone.
 _MAX_RECORDINGS = 6
+# Signatures of a block that are remembered.
 _MAX_SIGNATURES = 32
 _MAX_LISTED = 5
 
@@ -43,6 +46,7 @@ class Engine:
     Args:
         decisions: per block, the action of each saved value by name.
         copies: moves swapped values.
+        counters: what was done is added here.
     """
 
     def __init__(
@@ -51,9 +55,10 @@ class Engine:
         blocks: Sequence[Block],
         decisions: Sequence[Mapping[str, Action]],
         copies: CopyEngine,
+        counters: Counters | None = None,
     ) -> None:
         refuse_unsupported(model, blocks)
-        self.counters = Counters()
+        self.counters = counters if counters is not None else Counters()
         self.blocks = [
             PlannedBlock(block, actions, copies, self.counters)
             for block, actions in zip(blocks, decisions, strict=True)
@@ -84,6 +89,7 @@ class PlannedBlock:
         self.numbers = Numbers(self.module)
         self.devices = devices_of(self.module)
         self.busy = False
+        self.crowded = False
         self.interception = Interception(self.module, self.call)
 
     def call(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -113,8 +119,8 @@ class PlannedBlock:
         kwargs: dict[str, Any],
     ) -> Any:
         position = draw_position(self.devices)
-        buffers = [(b, b.clone()) for b in self.module.buffers()] if course.tape.writes_buffers else []
-        run = Run(self.copies, self.counters)
+        buffers = Buffers(self.module) if course.tape.writes_buffers else None
+        run = Run(self.name, self.copies, self.counters)
         run.follow(course, leaves, self._parameter_of, position)
         try:
             with torch.autograd.graph.saved_tensors_hooks(run.packer(), unpack):
@@ -124,16 +130,18 @@ class PlannedBlock:
             # What was dropped already cannot be had back: run the block again from its start, under the recorder.
             self.counters.departures += 1
             output = None
+            _refuse_second_run(self.name, leaves)
             set_position(position)
-            with torch.no_grad():
-                for buffer, before in buffers:
-                    buffer.copy_(before)
+            if buffers is not None:
+                buffers.restore()
             del self.courses[key]
             return self._record(key, forward, args, kwargs)
         self.counters.steady_calls += 1
         return output
 
     def _record(self, key: Signature, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if key not in self.num_recordings and len(self.num_recordings) >= _MAX_SIGNATURES:
+            self._forget_oldest()
         recording = record_call(self.module, forward, args, kwargs, self.copies, self.counters)
         self.counters.recorded_calls += 1
         tape, run = recording.recorder.finish(), recording.run
@@ -164,11 +172,26 @@ class PlannedBlock:
         self.num_recordings[key] += 1
         if not tape.steady:
             return tape.unsteady_reason
-        if self.num_recordings[key] > _MAX_RECORDINGS:
+        if self.num_recordings[key] > _MAX_RECORDINGS and self.tapes:
             return f"its calls do not do the same twice ({self.num_recordings[key]} recordings of one signature)"
-        if len(self.num_recordings) > _MAX_SIGNATURES:
-            return f"it was called in more than {_MAX_SIGNATURES} ways (shapes, arguments or numbers that change)"
         return ""
+
+    def _forget_oldest(self) -> None:
+        """Keep what is known of the latest signatures only. Calls of the others are recorded again: slow, but exact
+        and within the budget.
+        """
+        if not self.crowded:
+            self.crowded = True
+            warnings.warn(
+                f"{self.name} was called in more than {_MAX_SIGNATURES} ways (shapes, arguments or numbers that "
+                f"change): its calls go on under the plan, but many of them are recorded anew, which is slow.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        oldest = next(iter(self.num_recordings))
+        del self.num_recordings[oldest]
+        self.tapes.pop(oldest, None)
+        self.courses.pop(oldest, None)
 
     def _resolve(self, tape: Tape) -> dict[int, Action]:
         """The planned actions by value. At a block's first recording plan and tape must agree on what is saved; a later
@@ -182,7 +205,7 @@ class PlannedBlock:
                 f"{self.name} saves other values than the plan decides on. Planned, not saved: "
                 f"{_listed(self.planned.keys() - names.keys())}; saved, not planned: "
                 f"{_listed(made - self.planned.keys())}. The plan was made for another model, dtype, attention "
-                f"implementation or autocast setting: plan anew with this one."
+                f"implementation, autocast setting or mode (train or eval): plan anew with this one."
             )
         actions: dict[int, Action] = {}
         for name, value in names.items():
@@ -194,6 +217,17 @@ class PlannedBlock:
 
     def _parameter_of(self, name: str) -> torch.Tensor:
         return parameter_of(self.module, name)
+
+
+def _refuse_second_run(name: str, leaves: Sequence[Any]) -> None:
+    """A call may be made again only if what it was given cannot have been changed by the first try."""
+    for leaf in leaves:
+        if not (leaf is None or isinstance(leaf, bool | int | float | str | torch.Tensor | torch.dtype | torch.device)):
+            raise ReplayMismatch(
+                f"{name} did something else than in the calls before, and cannot be run again because it was given a "
+                f"{type(leaf).__name__}, which its first run may have changed. Pass use_cache=False if that is a "
+                f"key-value cache, or leave this block out of the plan (blocks=)."
+            )
 
 
 def _listed(names: Collection[str]) -> str:

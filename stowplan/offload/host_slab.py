@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import mmap
 import warnings
+import weakref
 from bisect import insort
+from collections import deque
 from typing import NamedTuple
 
 import torch
@@ -38,9 +40,13 @@ class HostSlab:
         self._pinned = pinned
         self._bytes = _host_bytes(self.size_bytes, pinned)
         self._holes = [Span(0, self.size_bytes)]
+        # What was given back and is not joined to the holes yet. A value may be given back while the garbage collector
+        # runs in the middle of ``take``, or by a thread of autograd: appending is all that ``give_back`` does.
+        self._returned: deque[Span] = deque()
 
     @property
     def used_bytes(self) -> int:
+        self._join_returned()
         return self.size_bytes - sum(hole.size_bytes for hole in self._holes)
 
     def take(self, size_bytes: int) -> Span:
@@ -48,6 +54,7 @@ class HostSlab:
         if not size_bytes:
             return Span(0, 0)
         need = _aligned(size_bytes)
+        self._join_returned()
         for i, hole in enumerate(self._holes):
             if hole.size_bytes >= need:
                 rest = Span(hole.start + need, hole.size_bytes - need)
@@ -71,22 +78,35 @@ class HostSlab:
 
     def give_back(self, span: Span) -> None:
         """Free a span that ``take`` gave."""
-        if span.overflow is not None or not span.size_bytes:
-            return
-        insort(self._holes, Span(span.start, _aligned(span.size_bytes)))
-        joined: list[Span] = []
-        for hole in self._holes:
-            if joined and joined[-1].start + joined[-1].size_bytes == hole.start:
-                joined[-1] = Span(joined[-1].start, joined[-1].size_bytes + hole.size_bytes)
-            else:
-                joined.append(hole)
-        self._holes = joined
+        if span.overflow is None and span.size_bytes:
+            self._returned.append(span)
+
+    def _join_returned(self) -> None:
+        while self._returned:
+            span = self._returned.popleft()
+            insort(self._holes, Span(span.start, _aligned(span.size_bytes)))
+            joined: list[Span] = []
+            for hole in self._holes:
+                if joined and joined[-1].start + joined[-1].size_bytes == hole.start:
+                    joined[-1] = Span(joined[-1].start, joined[-1].size_bytes + hole.size_bytes)
+                else:
+                    joined.append(hole)
+            self._holes = joined
 
 
 def _host_bytes(size_bytes: int, pinned: bool) -> torch.Tensor:
+    """Memory from the system, page-locked on request.
+
+    Not by torch's ``pin_memory``: its allocator rounds up to a power of two and never gives anything back.
+    """
+    tensor = torch.frombuffer(mmap.mmap(-1, size_bytes), dtype=torch.uint8)
     if pinned:
-        return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
-    return torch.frombuffer(mmap.mmap(-1, size_bytes), dtype=torch.uint8)
+        address, runtime = tensor.data_ptr(), torch.cuda.cudart()
+        status = int(runtime.cudaHostRegister(address, size_bytes, 0))
+        if status:
+            raise RuntimeError(f"cudaHostRegister of {format_bytes(size_bytes)} failed with CUDA error {status}")
+        weakref.finalize(tensor, runtime.cudaHostUnregister, address)
+    return tensor
 
 
 def _aligned(size_bytes: int) -> int:

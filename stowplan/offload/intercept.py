@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import types
 from collections.abc import Callable
 from typing import Any
@@ -25,14 +26,16 @@ class Interception:
     def __init__(self, module: torch.nn.Module, handler: Handler) -> None:
         self.module = module
         self.handler: Handler | None = handler
+        # torch.compile around the model breaks its graph here; what runs inside stays eager.
+        self._call: Handler = torch.compiler.disable(handler)
         self.forward: Forward = module.forward
         self.replaced = module.__dict__.get("forward")
+        # Who asks for the forward's signature (trainers do) is to see the module's own.
+        self.__signature__ = inspect.signature(self.forward)
         module.forward = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.handler is None:
-            return self.forward(*args, **kwargs)
-        return self.handler(self.forward, args, kwargs)
+        return self._call(self.forward, args, kwargs)
 
     def remove(self) -> None:
         """Put the module's own forward back. Removing twice does nothing.
@@ -40,6 +43,7 @@ class Interception:
         While another stands in front of it, this one only lets calls through; it goes when the other does.
         """
         self.handler = None
+        self._call = _pass_on
         top = self.module.__dict__.get("forward")
         while isinstance(top, Interception) and top.handler is None:
             if top.replaced is None:
@@ -63,3 +67,7 @@ class Interception:
 
 def _itself(forward: Forward) -> Forward:
     return forward
+
+
+def _pass_on(forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return forward(*args, **kwargs)

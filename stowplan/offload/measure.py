@@ -32,7 +32,11 @@ class Meter:
     def __init__(self, model: torch.nn.Module, counters: Counters) -> None:
         self.model = model
         self.counters = counters
-        self._device = next(model.parameters()).device
+        parameter = next(model.parameters(), None)
+        if parameter is None:
+            raise InvalidArgument(f"{type(model).__name__} has no parameters: there is no training step to measure.")
+        self._device = parameter.device
+        self._own = {id(p) for p in model.parameters()}
         self._log = memory_log(self._device)
         self._measurement: Measurement | None = None
         self._starts: list[float] = []
@@ -50,11 +54,11 @@ class Meter:
 
     def __enter__(self) -> Meter:
         self._base_bytes = self._bytes_at_entry()
+        self._log.__enter__()
         self._hooks = [
             self.model.register_forward_pre_hook(self._on_forward),
             register_optimizer_step_post_hook(self._on_optimizer_step),
         ]
-        self._log.__enter__()
         self._watch_gradients()
         return self
 
@@ -89,11 +93,11 @@ class Meter:
         self._log.mark("step")
 
     def _on_optimizer_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        self._stepped = True
+        self._stepped |= _steps(optimizer, self._own)
 
     def _bytes_at_entry(self) -> int:
         """Bytes of what the log cannot see because it was there before."""
-        optimizers = _optimizers_of(self.model)
+        optimizers = _optimizers_of(self._own)
         self._has_optimizer = bool(optimizers)
         if self._device.type != "cpu":
             return torch.cuda.memory_allocated(self._device)
@@ -115,12 +119,14 @@ class Meter:
                     self._finalizers.append(weakref.finalize(parameter.grad, self._log.freed, size))
 
 
-def _optimizers_of(model: torch.nn.Module) -> list[torch.optim.Optimizer]:
-    """The live optimizers that step parameters of ``model``."""
-    own = {id(parameter) for parameter in model.parameters()}
+def _optimizers_of(parameters: set[int]) -> list[torch.optim.Optimizer]:
+    """The live optimizers that step any of these parameters (by identity)."""
     return [
         candidate
         for candidate in gc.get_objects()
-        if issubclass(type(candidate), torch.optim.Optimizer)
-        and any(id(p) in own for group in candidate.param_groups for p in group["params"])
+        if issubclass(type(candidate), torch.optim.Optimizer) and _steps(candidate, parameters)
     ]
+
+
+def _steps(optimizer: torch.optim.Optimizer, parameters: set[int]) -> bool:
+    return any(id(p) in parameters for group in optimizer.param_groups for p in group["params"])

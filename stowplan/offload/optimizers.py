@@ -6,6 +6,7 @@ steps real stand-ins of at most a few million parameters, scaled by their number
 
 from __future__ import annotations
 
+import copy
 import inspect
 import time
 import warnings
@@ -47,8 +48,16 @@ def optimizer_cost(optimizer: torch.optim.Optimizer | None) -> OptimizerCost:
         raise InvalidArgument(f"optimizer={type(optimizer).__name__} is not a torch.optim.Optimizer.")
     while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
         optimizer = inner  # a wrapper around the one that steps
-    partial = _partial_step(optimizer)
-    dry = _dry_step(optimizer)
+    if not any(p.requires_grad for group in optimizer.param_groups for p in group["params"]):
+        return OptimizerCost(state_bytes(optimizer), 0, 0.0)
+    try:
+        partial = _partial_step(optimizer)
+        dry = _dry_step(optimizer)
+    except TypeError as error:  # step() that needs a closure, a constructor of its own
+        raise InvalidArgument(
+            f"optimizer={type(optimizer).__name__} cannot be stepped by itself ({error}); leave optimizer= out and "
+            f"lower the budget by what its states take."
+        ) from error
     if dry is None:
         return partial
     return OptimizerCost(*dry, partial.seconds)
@@ -138,6 +147,10 @@ def _small_numbers(*args: Any, **kwargs: Any) -> torch.Tensor:
     return torch.empty_strided(*args, **kwargs).fill_(1e-3)
 
 
+def _own_copy(value: Any) -> Any:
+    return copy.copy(value) if isinstance(value, dict | list | set) else value
+
+
 def _take_step(optimizer: torch.optim.Optimizer) -> None:
     """A step that no registered hook sees."""
     with torch.no_grad():
@@ -163,7 +176,7 @@ def _twin(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         twin = object.__new__(type(optimizer))
-        twin.__dict__.update(optimizer.__dict__)
+        twin.__dict__.update({name: _own_copy(value) for name, value in optimizer.__dict__.items()})
         twin.__dict__.pop("step", None)  # schedulers put one there that is bound to the real optimizer
         torch.optim.Optimizer.__init__(twin, groups, dict(optimizer.defaults))
     return twin

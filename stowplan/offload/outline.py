@@ -77,15 +77,20 @@ class Outline:
         self.calls = []
         self._num_expected = len(order)
         times: list[float] = []
+        marked: set[str] = set()
         with self._standing_in(), memory_log(self.device) as log:
 
             def mark(name: str) -> None:
+                marked.add(name)
                 synchronize(self.device)
                 times.append(time.perf_counter())
                 log.mark(name)
 
             self._mark = mark
             self._run(forward, loss_of)
+            for name in (BLOCKS_BACKWARD, EMBEDDING_BACKWARD):
+                if name not in marked:  # frozen blocks, or an output that the loss does not use
+                    mark(name)
             mark(END)
             times.append(times[-1])
         if [call.block for call in self.calls] != order:
@@ -190,11 +195,12 @@ class _StandIn(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         ctx.on_backward()
         by_shape = {(g.shape, g.dtype, g.device): g for g in gradients}
-        made = [
-            None if shape is None else by_shape.get(shape, torch.zeros(shape[0], dtype=shape[1], device=shape[2]))
-            for shape in ctx.shapes
-        ]
-        return None, None, *made
+        return None, None, *(None if shape is None else _gradient(shape, by_shape) for shape in ctx.shapes)
+
+
+def _gradient(shape: tuple[Any, ...], by_shape: dict[Any, torch.Tensor]) -> torch.Tensor:
+    size, dtype, device = shape
+    return by_shape[shape] if shape in by_shape else torch.zeros(size, dtype=dtype, device=device)
 
 
 def _stand_in(

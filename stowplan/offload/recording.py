@@ -50,7 +50,7 @@ def record_call(
     leaves = flatten_named(forward, args, kwargs)
     position = draw_position(devices_of(module))
     recorder = Recorder(module, leaves)
-    run = Run(copies, counters)
+    run = Run(type(module).__name__, copies, counters)
 
     def pack(tensor: torch.Tensor) -> Any:
         slot = recorder.save(tensor)

@@ -28,14 +28,14 @@ class Fate(Enum):
 class SlotCourse(NamedTuple):
     """What packing needs to know of one slot, beside its tensor."""
 
-    value: int
     fate: Fate
+    outlives: bool  # made before the node that saves it, so that keeping it as it is closes no circle of references
+    source: bool  # the replay starts from it, so the run keeps it too
+    value: int
+    geometry: Geometry
     dtype: torch.dtype
     size: tuple[int, ...]
     stride: tuple[int, ...]
-    geometry: Geometry
-    source: bool  # the replay starts from it, so the run keeps it too
-    outlives: bool  # made before the node that saves it, so that keeping it as it is closes no circle of references
 
 
 class Course:
@@ -51,14 +51,14 @@ class Course:
         self.random = random_devices(tape) if any(tape.ops[k].random for k in ops) else ()
         self.slots = tuple(
             SlotCourse(
-                slot.value,
                 Fate(actions[slot.value].value) if slot.value in actions else Fate.PASS,
+                not slot.newest and slot.value not in sources,
+                slot.value in sources,
+                slot.value,
+                slot.geometry,
                 slot.geometry.dtype,
                 slot.geometry.size,
                 slot.geometry.stride,
-                slot.geometry,
-                slot.value in sources,
-                not slot.newest and slot.value not in sources,
             )
             for slot in tape.slots
         )

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from stowplan.offload.arguments import tensors_in
 from stowplan.offload.tape.rules import (
@@ -266,6 +266,8 @@ def _indexes_by_numbers(func: Any, args: tuple[Any, ...]) -> bool:
 
 
 def _flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
+    if "scaled_dot_product" in func._schema.name and func.overloadpacket not in flop_registry:
+        return int(sdpa_flop_count(*(argument.shape for argument in args[:3])))  # the CPU's kernel is not registered
     formula = flop_registry.get(func.overloadpacket)
     return int(formula(*args, **kwargs, out_val=result)) if formula is not None else 0
 

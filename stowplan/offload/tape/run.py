@@ -11,7 +11,7 @@ Note: who keeps what alive
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +20,13 @@ import torch
 from stowplan.core.errors import ReplayMismatch
 from stowplan.core.program import Action
 from stowplan.offload.copies import CopyEngine, Ticket
-from stowplan.offload.tape.course import Course, Fate
+from stowplan.offload.tape.course import Course, Fate, SlotCourse
 from stowplan.offload.tape.replay import view_of
 from stowplan.offload.tape.rng import Position
 from stowplan.offload.tape.tape import Geometry
+
+# Of one recomputed value per call, taken in turn.
+_NUM_SAMPLED_BYTES = 128
 
 _PASS, _KEEP, _SWAP = Fate.PASS, Fate.KEEP, Fate.SWAP
 
@@ -94,15 +97,18 @@ class Run:
     (``pack_recording``) until ``adopt`` or ``keep_all``.
     """
 
-    def __init__(self, copies: CopyEngine, counters: Counters) -> None:
+    def __init__(self, name: str, copies: CopyEngine, counters: Counters) -> None:
+        self.name = name
         self.copies = copies
         self.counters = counters
-        self.num_packed = 0
+        self.slots: Iterator[SlotCourse] = iter(())  # those to come
         self.cells: dict[int, Cell] = {}
         self.departing: dict[int, torch.Tensor] = {}  # to be copied to the host when the block is over
         self.sources: dict[int, torch.Tensor | HostCopy] = {}
         self.versions: list[tuple[torch.Tensor, int, int]] = []
         self.waiting: list[weakref.ref[Cell]] = []
+        self.sampled: int | None = None  # a recomputed value of which a few elements are kept, to check the replay by
+        self.sample: torch.Tensor | None = None
 
     def follow(
         self, course: Course, leaves: Sequence[Any], parameter_of: Callable[[str], torch.Tensor], position: Position
@@ -114,6 +120,8 @@ class Run:
         """
         self.course = course
         self.position = {device: position[device] for device in course.random}
+        if course.targets:
+            self.sampled = course.targets[self.counters.steady_calls % len(course.targets)]
         for value, index in course.inputs:
             self._hold(value, leaves[index].detach())
         for value, name in course.parameters:
@@ -130,21 +138,25 @@ class Run:
         It raises Departure where the tape says something else.
         """
         course, cells, departing = self.course, self.cells, self.departing
-        slots = iter(course.slots)
+        slots = self.slots = iter(course.slots)
 
         def pack(tensor: torch.Tensor) -> Any:
             try:
-                value, fate, dtype, size, stride, geometry, source, outlives = next(slots)
+                fate, outlives, source, value, geometry, dtype, size, stride = next(slots)
             except StopIteration:
                 raise Departure(f"more than {len(course.slots)} saved tensors") from None
-            if tensor.shape != size or tensor.dtype is not dtype or tensor.stride() != stride:
-                raise Departure(f"{tuple(tensor.shape)} {tensor.dtype} is saved where the tape has {size} {dtype}")
-            self.num_packed += 1
+            if fate is _KEEP and not source:  # whatever it is, it is kept
+                if outlives:
+                    return tensor, tensor._version
+                kept = tensor.detach()
+                return kept, kept._version
             if fate is _PASS:
                 return tensor, tensor._version
+            if tensor.shape != size or tensor.dtype is not dtype or tensor.stride() != stride:
+                raise Departure(f"{tuple(tensor.shape)} {tensor.dtype} is saved where the tape has {size} {dtype}")
             if fate is _KEEP:
-                kept = tensor if outlives else tensor.detach()
-                if source and value not in self.sources:
+                kept = tensor.detach()
+                if value not in self.sources:
                     self._hold(value, kept)
                 return kept, kept._version
             cell = cells.get(value)
@@ -152,6 +164,8 @@ class Run:
                 cell = cells[value] = Cell(self, value)
                 if fate is _SWAP:
                     departing[value] = tensor.detach()
+                elif value == self.sampled:
+                    self.sample = _few_elements(tensor)
             return cell, geometry
 
         return pack
@@ -168,7 +182,6 @@ class Run:
     def adopt(self) -> None:
         """Turn what ``pack_recording`` held into what ``packer`` would have made of it under the run's course."""
         course = self.course
-        self.num_packed = len(course.slots)
         for value, cell in list(self.cells.items()):
             assert cell.tensor is not None
             action = course.actions[value]
@@ -196,8 +209,8 @@ class Run:
 
     def seal(self) -> None:
         """The block's forward is over: send values to the host. Raises Departure if slots are missing."""
-        if self.num_packed != len(self.course.slots):
-            raise Departure(f"{self.num_packed} saved tensors, not {len(self.course.slots)}")
+        if next(self.slots, None) is not None:
+            raise Departure(f"fewer than {len(self.course.slots)} saved tensors")
         for value in list(self.departing):
             tensor = self.departing.pop(value)
             host = self.cells[value].host = HostCopy(self.copies, tensor)
@@ -224,11 +237,22 @@ class Run:
             for value, tensor in zip(targets, tensors, strict=True):
                 wanted[value].tensor = tensor
                 self.counters.recomputed_bytes += self.course.tape.values[value].size_bytes
+                if value == self.sampled:
+                    self._check_sample(value, tensor)
         for cell in wanted.values():
             cell.run = cell.host = None
         self.waiting.clear()
         self.sources.clear()
         self.versions.clear()
+
+    def _check_sample(self, value: int, tensor: torch.Tensor) -> None:
+        if self.sample is not None and not torch.equal(self.sample, _few_elements(tensor)):
+            raise ReplayMismatch(
+                f"{self.course.tape.values[value].name!r} of {self.name} was recomputed and is not what the forward "
+                f"pass had: the block computes with something that changes from call to call and is neither an "
+                f"argument nor a number held by its modules. The gradients of this step are not usable; leave the "
+                f"block out of the plan (blocks=)."
+            )
 
     def _source(self, value: int) -> torch.Tensor:
         source = self.sources.get(value)
@@ -257,6 +281,13 @@ def unpack(packed: Any) -> torch.Tensor:
     if first._version != rest:
         raise _modified(first, rest)
     return first  # type: ignore[no-any-return]
+
+
+def _few_elements(tensor: torch.Tensor) -> torch.Tensor:
+    """Bytes spread over the tensor's storage, copied."""
+    whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+    step = max(1, whole.numel() // _NUM_SAMPLED_BYTES) | 1  # odd: every byte of a number gets its turn
+    return whole[::step].clone()
 
 
 def _modified(tensor: torch.Tensor, version: int) -> RuntimeError:

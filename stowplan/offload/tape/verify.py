@@ -18,6 +18,8 @@ from stowplan.offload.tape.tape import Ref, Tape, TapeOp, map_refs
 
 __all__ = ["verify"]
 
+# Results of attention kernels that hold the generator's state, and nothing at all without dropout.
+_UNSET = frozenset({"rng_state", "unused", "philox_seed", "philox_offset"})
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -82,7 +84,10 @@ def _settle(
         env[value, 0] = results[position]
     for value, version in op.writes:
         env[value, version] = env.pop((value, version - 1))
+    unset = {value for position, value in op.makes if not op.random and _result_name(op, position) in _UNSET}
     for value, version in (*((value, 0) for _, value in op.makes), *op.writes):
+        if value in unset:
+            continue
         if value in truth and version == tape.values[value].last_version:
             made = env.pop((value, version))
             op.replayable &= all(
@@ -90,6 +95,11 @@ def _settle(
                 for slot in tape.slots
                 if slot.value == value
             )
+
+
+def _result_name(op: TapeOp, position: int) -> str:
+    returns = op.func._schema.returns
+    return returns[position].name if position < len(returns) else ""
 
 
 def _is_over(tape: Tape, key: tuple[int, int]) -> bool:

@@ -132,7 +132,8 @@ def _add_replay_rows(
     """The bytes live during each op of a replay, as linear rows below ``peak``.
 
     Note: replay bytes are linear. During op o the device has what is held, every saved value made by o or earlier
-    (kept, swapped in, or recomputed by then), inputs held for the replay, later saved values unless they are recomputed (k + s of their size),
+    (kept, swapped in, or recomputed by then), inputs held for the replay, later saved values unless they are
+    recomputed (k + s of their size),
     second copies of kept or swapped outputs of o (ρ_o − (1 − k − s) of their size), and unsaved values made so far
     that a later op of the replay reads (ρ of the readers). If o does not run, the row is implied: by that of the op
     before it that runs, which has at least the same values, or, where none runs, by the bound on saved bytes that
