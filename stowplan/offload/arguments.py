@@ -84,7 +84,8 @@ _MAX_ITEMS = 16  # of a list or tuple of numbers that is read along
 class Numbers:
     """The numbers, strings and flags that a module, its children, and the plain objects they hold (configs) have now.
 
-    Scales, probabilities, ``training``: what a block may compute with that is no argument and no tensor.
+    Scales, probabilities, ``training``: what a block may compute with that is no argument and no tensor. And which of
+    its parameters are trained, which decides on what autograd saves.
     """
 
     def __init__(self, module: torch.nn.Module) -> None:
@@ -99,10 +100,13 @@ class Numbers:
         types = tuple(map(type, values))
         if types != self._types:  # some may have become lists or tensors
             values = [v if v is None or isinstance(v, _PLAIN) else _items(v) for v in values]
-        return (*values, *[_items(attributes.get(name)) for attributes, name in self._lists], types)
+        lists = [_items(attributes.get(name)) for attributes, name in self._lists]
+        trained = [p is not None and p.requires_grad for parameters in self._parameters for p in parameters.values()]
+        return (*values, *lists, *trained, types)
 
     def _find(self) -> None:
         modules = [child.__dict__ for child in self._module.modules()]
+        self._parameters = [child._parameters for child in self._module.modules() if child._parameters]
         held = {id(v): vars(v) for attributes in modules for v in attributes.values() if _is_record(v)}
         self._sources = [*modules, *held.values()]
         self._num_attributes = sum(map(len, self._sources))

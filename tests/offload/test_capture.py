@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from stowplan import session
 from stowplan.core.errors import InvalidArgument, UnsupportedModel
@@ -16,6 +19,8 @@ from tests import models
 
 BUILDERS: dict[str, Callable[..., torch.nn.Module]] = {"llama": models.llama, "gpt2": models.gpt2}
 SHAPE = {"batch": 2, "sequence": 256}
+# What each of six blocks keeps to check its replay by: about 128 bytes, and small change.
+SAMPLES_BYTES = 6 * 170
 
 
 def build(name: str) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
@@ -57,6 +62,41 @@ def test_predicted_peak_is_the_measured_one(name: str, amp: bool) -> None:
             peak = measured_peak(model, optimizer, amp)
         assert planned.prediction.peak_bytes <= budget
         assert peak == pytest.approx(planned.prediction.peak_bytes, rel=0.02)
+
+
+def test_pure_bf16_holds_inputs_that_autograd_does_not_save() -> None:
+    """Norms save their input in fp32: the block's own bf16 input is held, and counted, only for a replay."""
+    model, optimizer = build("llama")
+    model.bfloat16()
+    plan = session.plan(model, models.batch_for(0, **SHAPE), budget="1GiB", optimizer=optimizer)
+    least = session.replan(plan, budget=plan.least_budget_bytes, host_budget=1)
+    assert any(Action.RECOMPUTE in actions for actions in least.decisions)
+    for planned in (plan, least):
+        model, optimizer = build("llama")
+        model.bfloat16()
+        with session.apply(planned, model):
+            peak = measured_peak(model, optimizer, amp=False)
+        assert peak == pytest.approx(planned.prediction.peak_bytes, rel=0.02)
+
+
+@pytest.mark.parametrize("amp", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", list(BUILDERS))
+def test_recomputing_all_takes_no_more_than_checkpointing(name: str, amp: bool) -> None:
+    model, optimizer = build(name)
+    with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+        plan = session.plan(model, models.batch_for(0, **SHAPE), budget="1GiB", optimizer=optimizer)
+    programs = [plan.step.program_of(block) for block in range(plan.step.num_blocks)]
+    decisions = tuple(
+        tuple(Action.RECOMPUTE if Action.RECOMPUTE in p.values[i].actions else Action.KEEP for i in p.saved)
+        for p in programs
+    )
+    with session.apply(replace(plan, decisions=decisions), model):
+        ours = measured_peak(model, optimizer, amp)
+    model, optimizer = build(name)
+    for layer in model.model.layers if name == "llama" else model.transformer.h:  # as the model itself would do it
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+    theirs = measured_peak(model, optimizer, amp)
+    assert ours <= theirs + SAMPLES_BYTES
 
 
 def test_gradients_that_are_held() -> None:

@@ -125,7 +125,7 @@ def test_a_block_that_is_never_the_same_is_kept_with_a_warning(
 
 @all_policies
 def test_freezing_and_unfreezing_midway(policy: str) -> None:
-    """Other tensors are saved, and the models' own cache is filled by a call that is then made again."""
+    """Other tensors are saved: what is trained is part of the signature. The model fills a cache meanwhile."""
 
     def train(model: Any) -> Tensors:
         for step in range(3 * (NUM_RECORDINGS + 1)):
@@ -135,7 +135,7 @@ def test_freezing_and_unfreezing_midway(policy: str) -> None:
         return gradients(model)
 
     planned = assert_exact(make_llama, train, policy, lambda model: model(**tokens(0)))
-    assert planned.engine.counters.departures > 0
+    assert planned.engine.counters.departures == 0
 
 
 def _branching_batch_norm(block: Any, x: torch.Tensor) -> torch.Tensor:
@@ -260,7 +260,7 @@ def test_a_number_that_the_block_got_after_planning(before: str, policy: str) ->
 
 @all_policies
 @pytest.mark.parametrize("body", [_annealed_dropout, _annealed_scale])
-def test_a_block_that_is_called_in_ever_new_ways_is_kept_with_a_warning(body: Body, policy: str) -> None:
+def test_a_block_that_is_called_in_ever_new_ways_stays_under_the_plan_with_a_warning(body: Body, policy: str) -> None:
     new_rates = [0.5 - step / 100 for step in range(1, MAX_SIGNATURES + 4)]
 
     def train(model: Any) -> Tensors:
@@ -277,13 +277,16 @@ def test_a_block_that_is_called_in_ever_new_ways_is_kept_with_a_warning(body: Bo
     expected = [*train(plain_model), torch.get_rng_state()]
     planned = put_under_plan(_make_annealed(body), policy, call_toy)
     torch.manual_seed(1)
-    with pytest.warns(RuntimeWarning, match=r"^blocks\.1 keeps everything it saves: .* more than 32 ways") as warned:
+    with pytest.warns(RuntimeWarning, match=r"^blocks\.1 was called in more than 32 ways") as warned:
         found = [*train(planned.model), torch.get_rng_state()]
     assert_same(found, expected)
     assert planned.engine.counters.departures == 0
     assert planned.slab.used_bytes == 0
-    # The first of the ways is recorded NUM_RECORDINGS times; each new one once, and the one too many is the last.
-    assert planned.engine.counters.recorded_calls == 3 * NUM_RECORDINGS + MAX_SIGNATURES
+    # Only the other blocks have calls that follow a tape; the ways that are forgotten are recorded anew.
+    num_calls = NUM_RECORDINGS + len(new_rates) + 2
+    (crowded,) = [block for block in planned.engine.blocks if block.name == "blocks.1"]
+    assert planned.engine.counters.recorded_calls == 2 * NUM_RECORDINGS + num_calls
+    assert len(crowded.tapes) == len(crowded.num_recordings) == MAX_SIGNATURES
     assert len(warned) == 1
 
 

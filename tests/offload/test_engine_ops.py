@@ -120,7 +120,6 @@ BODIES = [
     _chain_in_place,
     _inplace_relu,
     _many_results,
-    _complex_numbers,
     _spectrum,
     _an_outside_tensor,
     _random_numbers_of_all_kinds,
