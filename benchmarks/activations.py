@@ -12,7 +12,7 @@ import gc
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -152,13 +152,14 @@ def contenders(setting: Setting, plan: Plan) -> dict[str, Callable[[], Contender
     }
 
 
-def take_turns(setting: Setting, num_rounds: int) -> list[dict[str, Any]]:
+def take_turns(setting: Setting, num_rounds: int, only: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Measure every contender. On the CPU they take turns step by step; on a GPU, where models would share its memory,
     each has the device to itself.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         makers = contenders(setting, capture(setting))
+        makers = {name: make for name, make in makers.items() if not only or name in only or name == "no budget"}
         together = setting.device.type == "cpu"
         measured: dict[str, Contender] = {}
         for name, make in makers.items():
@@ -202,6 +203,7 @@ def arguments(description: str | None, out: str) -> argparse.ArgumentParser:
     """The options that both programs have."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7, help="timed steps of each contender (default: %(default)s)")
+    parser.add_argument("--only", nargs="*", default=(), help="these contenders, beside the plain run")
     parser.add_argument("--bf16", action="store_true", help="under bf16 autocast")
     parser.add_argument("--out", type=Path, default=Path(out), help="JSON to write (default: %(default)s)")
     return parser

@@ -27,7 +27,7 @@ def main() -> None:
         torch.device("cpu"),
         options.bf16,
     )
-    rows = take_turns(setting, options.rounds)
+    rows = take_turns(setting, options.rounds, options.only)
     show(rows, options.out, size=str(size), bf16=options.bf16, num_threads=torch.get_num_threads())
 
 

@@ -44,7 +44,7 @@ def main() -> None:
     on_device = {name: item.cuda() if isinstance(item, torch.Tensor) else item for name, item in batch.items()}
     make = functools.partial(make_model, options.hidden, options.blocks, options.sequence)
     setting = Setting(make, on_device, torch.device("cuda"), options.bf16)
-    show(take_turns(setting, options.rounds), options.out, size=str(size), bf16=options.bf16)
+    show(take_turns(setting, options.rounds, options.only), options.out, size=str(size), bf16=options.bf16)
 
 
 if __name__ == "__main__":
