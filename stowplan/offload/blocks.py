@@ -109,5 +109,5 @@ def refuse_unsupported(model: torch.nn.Module, blocks: Sequence[Block]) -> None:
             if compiled or hasattr(module.forward, "_torchdynamo_orig_callable"):
                 raise UnsupportedModel(
                     f"{name} is compiled by torch.compile: its kernels bypass the op tape. Plan the uncompiled model "
-                    f"(remove .compile() from the blocks; parts outside them may stay compiled)."
+                    f"(remove .compile() from the blocks)."
                 )
