@@ -17,7 +17,7 @@ help: ## list the verbs
 
 setup: $(STAMP) ## make .venv and install stowplan with its tools, if anything changed
 
-$(STAMP): pyproject.toml constraints.txt CMakeLists.txt
+$(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "stowplan needs Python 3.11 or newer; set PYTHON=..." >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,hf]"

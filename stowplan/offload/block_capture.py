@@ -17,14 +17,15 @@ from stowplan.offload.arguments import flatten, tensors_in
 from stowplan.offload.copies import PlainCopies
 from stowplan.offload.host_slab import HostSlab
 from stowplan.offload.intercept import Forward
-from stowplan.offload.memory_log import Segment, memory_log
+from stowplan.offload.memory_log import Segment, memory_log, synchronize
 from stowplan.offload.recording import Recording, record_call
+from stowplan.offload.storages import storage_bytes
 from stowplan.offload.tape.course import allowed_actions
+from stowplan.offload.tape.proof import prove
 from stowplan.offload.tape.run import Counters
 from stowplan.offload.tape.tape import Origin, Tape, TapeOp
-from stowplan.offload.tape.verify import verify
 
-__all__ = ["BlockCapture", "capture_block", "synchronize"]
+__all__ = ["BlockCapture", "capture_block"]
 
 _NUM_TIMED_RUNS = 3
 _NUM_TIMED_REPLAYS = 2
@@ -94,8 +95,8 @@ def capture_block(
         module, forward, _own_arguments(args), _own_arguments(kwargs), PlainCopies(HostSlab(1)), Counters()
     )
     tape = recording.recorder.tape
-    num_refuted = _prove(tape, recording, device) if tape.steady else 0
-    alive_bytes, lingering_bytes = _settle(recording)
+    num_refuted = _prove_and_time(tape, recording, device) if tape.steady else 0
+    alive_bytes, lingering_bytes = _find_holders(recording)
     recording.recorder.finish()
 
     segments, output = _measure_memory(call, module, device)
@@ -121,12 +122,6 @@ def capture_block(
     return capture, output
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait for the device to finish, where it runs ahead of the host."""
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize(device)
-
-
 def _own_arguments(tree: Any) -> Any:
     """The same arguments cut off from the graph around the block; unknown objects (caches) are copied."""
     if isinstance(tree, torch.Tensor):
@@ -141,11 +136,11 @@ def _own_arguments(tree: Any) -> Any:
 
 
 # ---- the tape: proof, time and scratch of every op -----------------------------------------------------------------
-def _prove(tape: Tape, recording: Recording, device: torch.device) -> int:
+def _prove_and_time(tape: Tape, recording: Recording, device: torch.device) -> int:
     """Replay against the true values, then time every op and find its scratch memory; gives the number refuted."""
     truth = recording.truth()
     before = sum(op.replayable for op in tape.ops)
-    verify(tape, recording.given, truth, recording.position)
+    prove(tape, recording.given, truth, recording.position)
     seconds: dict[int, list[float]] = {}
 
     @contextmanager
@@ -157,7 +152,7 @@ def _prove(tape: Tape, recording: Recording, device: torch.device) -> int:
         seconds.setdefault(op, []).append(time.perf_counter() - start)
 
     for _ in range(_NUM_TIMED_REPLAYS):
-        verify(tape, recording.given, truth, recording.position, timed)
+        prove(tape, recording.given, truth, recording.position, timed)
     with memory_log(device) as log:
 
         @contextmanager
@@ -166,7 +161,7 @@ def _prove(tape: Tape, recording: Recording, device: torch.device) -> int:
             yield
             log.mark("between")
 
-        verify(tape, recording.given, truth, recording.position, marked)
+        prove(tape, recording.given, truth, recording.position, marked)
     scratch = {int(s.name): s.peak_bytes - s.end_bytes for s in log.segments if s.name.isdigit()}
     for number, op in enumerate(tape.ops):
         op.seconds = min(seconds.get(number, [0.0]))
@@ -174,7 +169,7 @@ def _prove(tape: Tape, recording: Recording, device: torch.device) -> int:
     return before - sum(op.replayable for op in tape.ops)
 
 
-def _settle(recording: Recording) -> tuple[int, int]:
+def _find_holders(recording: Recording) -> tuple[int, int]:
     """Find out who else keeps values alive; gives the bytes alive at the end of forward, and the unsaved that linger.
 
     What lives on after the graph and the output are gone is held by autocast's cache until the forward pass ends
@@ -281,12 +276,7 @@ def _backward(end: torch.Tensor | None, device: torch.device) -> None:
 
 
 def _gradient_bytes(module: torch.nn.Module) -> int:
-    storages = {
-        p.grad.untyped_storage()._cdata: p.grad.untyped_storage().nbytes()
-        for p in module.parameters()
-        if p.grad is not None
-    }
-    return sum(storages.values())
+    return storage_bytes(p.grad for p in module.parameters())
 
 
 def _clear_gradients(module: torch.nn.Module, held_gradients: bool) -> None:

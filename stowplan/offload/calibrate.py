@@ -12,9 +12,9 @@ import torch
 from stowplan.core.errors import InvalidArgument, MissingDependency
 from stowplan.core.hardware import Hardware
 from stowplan.core.units import GIB, MIB
-from stowplan.offload.block_capture import synchronize
 from stowplan.offload.copies import PlainCopies
 from stowplan.offload.host_slab import HostSlab
+from stowplan.offload.memory_log import synchronize
 
 __all__ = ["RESERVE_BYTES", "device_budget_bytes", "host_budget_bytes", "measure_hardware"]
 

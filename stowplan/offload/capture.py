@@ -25,6 +25,7 @@ from stowplan.offload.outline import (
     Outline,
 )
 from stowplan.offload.recording import devices_of
+from stowplan.offload.storages import storage_bytes
 from stowplan.offload.tape.rng import restored
 
 __all__ = ["Capture", "capture"]
@@ -137,11 +138,11 @@ def _assemble(
         programs=programs,
         blocks=tuple(kinds.index(call.kind) for call in calls),
         block_names=tuple(blocks[call.block].name for call in calls),
-        parameter_bytes=_storage_bytes(model.parameters()),
-        buffer_bytes=_storage_bytes(model.buffers()),
+        parameter_bytes=storage_bytes(model.parameters()),
+        buffer_bytes=storage_bytes(model.buffers()),
         optimizer_bytes=max(cost.state_bytes, state_bytes(optimizer) if optimizer is not None else 0),
-        batch_bytes=_storage_bytes(tensors_in(batch)),
-        held_gradient_bytes=_storage_bytes(trainable) if hold_gradients else 0,
+        batch_bytes=storage_bytes(tensors_in(batch)),
+        held_gradient_bytes=storage_bytes(trainable) if hold_gradients else 0,
         embedding_forward=Phase(
             seconds=seconds[EMBEDDING_FORWARD],
             peak_bytes=segments[EMBEDDING_FORWARD].peak_bytes,
@@ -159,11 +160,6 @@ def _assemble(
         ),
         optimizer_step=Phase(seconds=cost.seconds, peak_bytes=left_bytes + cost.peak_bytes, left_bytes=left_bytes),
     )
-
-
-def _storage_bytes(tensors: Any) -> int:
-    """Bytes of the tensors' storages, each once."""
-    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 def _assumptions(

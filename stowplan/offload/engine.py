@@ -24,10 +24,10 @@ from stowplan.offload.copies import CopyEngine
 from stowplan.offload.intercept import Forward, Interception
 from stowplan.offload.recording import devices_of, parameter_of, record_call
 from stowplan.offload.tape.course import Course, allowed_actions
+from stowplan.offload.tape.proof import prove
 from stowplan.offload.tape.rng import draw_position, set_position
 from stowplan.offload.tape.run import Counters, Departure, Run, unpack
 from stowplan.offload.tape.tape import Origin, Tape
-from stowplan.offload.tape.verify import verify
 
 __all__ = ["Engine", "PlannedBlock"]
 
@@ -151,7 +151,7 @@ class PlannedBlock:
             if before is not None and agrees:
                 tape = before  # proved already
             elif tape.steady:
-                verify(tape, recording.given, recording.truth(), recording.position)
+                prove(tape, recording.given, recording.truth(), recording.position)
             reason = self._reason_to_keep(key, tape)
             if reason:
                 self.courses[key] = None

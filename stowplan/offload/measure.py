@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_iter
 
 from stowplan.core.errors import InvalidArgument
 from stowplan.core.plan import Measurement
-from stowplan.offload.block_capture import synchronize
-from stowplan.offload.memory_log import memory_log
+from stowplan.offload.memory_log import memory_log, synchronize
+from stowplan.offload.storages import storage_bytes
 from stowplan.offload.tape.run import Counters
 
 __all__ = ["Meter"]
@@ -104,10 +104,7 @@ class Meter:
         tensors: list[Any] = [*self.model.parameters(), *self.model.buffers()]
         tensors += [p.grad for p in self.model.parameters() if p.grad is not None]
         tensors += [leaf for optimizer in optimizers for leaf in tree_iter(list(optimizer.state.values()))]
-        storages = {
-            t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors if isinstance(t, torch.Tensor)
-        }
-        return sum(storages.values())
+        return storage_bytes(tensors)
 
     def _watch_gradients(self) -> None:
         """Gradients from before may go at the next ``zero_grad``; the log does not see that by itself."""

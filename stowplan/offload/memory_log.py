@@ -19,7 +19,7 @@ import torch
 
 from stowplan.core.errors import InvalidArgument
 
-__all__ = ["CpuMemoryLog", "CudaMemoryLog", "MemoryLog", "Segment", "memory_log"]
+__all__ = ["CpuMemoryLog", "CudaMemoryLog", "MemoryLog", "Segment", "memory_log", "synchronize"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +49,12 @@ class MemoryLog(Protocol):
 def memory_log(device: torch.device) -> MemoryLog:
     """The log for ``device``'s allocator."""
     return CpuMemoryLog() if device.type == "cpu" else CudaMemoryLog(device)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device to finish, where it runs ahead of the host."""
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize(device)
 
 
 _MARK = "stowplan::mark::"

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from stowplan.core.errors import InvalidArgument
+from stowplan.offload.storages import storage_bytes
 
 __all__ = ["OptimizerCost", "optimizer_cost", "state_bytes"]
 
@@ -65,8 +66,7 @@ def optimizer_cost(optimizer: torch.optim.Optimizer | None) -> OptimizerCost:
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of the states that exist now, each storage once."""
-    tensors = [t for t in tree_iter(list(optimizer.state.values())) if isinstance(t, torch.Tensor)]
-    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+    return storage_bytes(tree_iter(list(optimizer.state.values())))
 
 
 class _LiveBytes(TorchDispatchMode):

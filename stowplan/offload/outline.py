@@ -14,10 +14,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from stowplan.core.errors import UnsupportedModel
 from stowplan.offload.arguments import flatten, signature
-from stowplan.offload.block_capture import BlockCapture, capture_block, synchronize
+from stowplan.offload.block_capture import BlockCapture, capture_block
 from stowplan.offload.blocks import Block
 from stowplan.offload.intercept import Forward, Interception
-from stowplan.offload.memory_log import Segment, memory_log
+from stowplan.offload.memory_log import Segment, memory_log, synchronize
 
 __all__ = ["Call", "Moment", "Outline"]
 

@@ -18,12 +18,12 @@ from stowplan.offload.copies import PlainCopies
 from stowplan.offload.host_slab import HostSlab
 from stowplan.offload.recording import Recording, record_call
 from stowplan.offload.tape.course import allowed_actions
+from stowplan.offload.tape.proof import prove
 from stowplan.offload.tape.replay import Replay, view_of
 from stowplan.offload.tape.rng import draw_position, rewound
 from stowplan.offload.tape.rules import rules_of
 from stowplan.offload.tape.run import Counters
 from stowplan.offload.tape.tape import Geometry, Origin, Slot, Tape, TapeOp, TapeValue
-from stowplan.offload.tape.verify import verify
 
 aten = torch.ops.aten
 CPU = torch.device("cpu")
@@ -327,8 +327,8 @@ def test_views_of_other_dtypes() -> None:
 
 
 # ---- the proof -----------------------------------------------------------------------------------------------------
-def prove(tape: Tape, recording: Recording) -> None:
-    verify(tape, recording.given, recording.truth(), recording.position)
+def proved(tape: Tape, recording: Recording) -> None:
+    prove(tape, recording.given, recording.truth(), recording.position)
 
 
 BODIES: list[Body] = [
@@ -344,7 +344,7 @@ def test_true_ops_pass_and_the_generator_stays(body: Body) -> None:
     before = recomputable_names(tape)
     assert before
     state = torch.get_rng_state()
-    prove(tape, recording)
+    proved(tape, recording)
     assert recomputable_names(tape) == before
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -354,7 +354,7 @@ def test_an_op_that_gives_other_bits_is_not_replayed() -> None:
     (liar,) = [op for op in tape.ops if op.func is aten.sin.default]
     assert "exp" in recomputable_names(tape)
     liar.func = aten.cos.default
-    prove(tape, recording)
+    proved(tape, recording)
     refuted = [op.func for op in tape.ops if not op.replayable]
     # What sin made was not saved: the first saved value made from it shows the lie.
     assert refuted == [aten.exp.default]
@@ -365,13 +365,13 @@ def test_an_op_that_gives_other_bits_is_not_replayed() -> None:
 def test_negative_zero_and_nans_are_bits() -> None:
     tape, recording = record(lambda block, x: (x * 0.0).abs().neg().exp() * (x * float("nan")).tanh())
     before = recomputable_names(tape)
-    prove(tape, recording)
+    proved(tape, recording)
     assert recomputable_names(tape) == before
     tape, recording = record(lambda block, x: (x.abs() * 0.0).neg().sin())
     (flipped,) = [op for op in tape.ops if op.func is aten.neg.default]
     assert "neg" in recomputable_names(tape)
     flipped.func = aten.abs.default  # +0 where -0 was: equal as numbers
-    prove(tape, recording)
+    proved(tape, recording)
     assert "neg" not in recomputable_names(tape)
 
 
@@ -384,7 +384,7 @@ def test_ops_are_watched_one_by_one() -> None:
         seen.append(tape.ops[number].func)
         yield
 
-    verify(tape, recording.given, recording.truth(), recording.position, around)
+    prove(tape, recording.given, recording.truth(), recording.position, around)
     assert seen == [aten.addmm.default, aten.sin.default, aten.exp.default]
 
 

@@ -3,7 +3,7 @@
 ``tape``    the recorded program: ops, values (storages), slots (tensors that autograd saves)
 ``rules``   what may be done again, op by op
 ``record``  a dispatch mode that writes a tape while a block runs
-``verify``  the proof: every op is done again and compared bit for bit, timed on the way
+``proof``   every op is done again and compared bit for bit, timed on the way
 ``replay``  a tape and a set of targets to a flat Python function
 ``run``     one forward call of a block under a plan: packing and unpacking of saved tensors
 """

@@ -16,14 +16,14 @@ from stowplan.offload.tape.replay import advance, below_autograd, view_of
 from stowplan.offload.tape.rng import Position, rewound
 from stowplan.offload.tape.tape import Ref, Tape, TapeOp, map_refs
 
-__all__ = ["verify"]
+__all__ = ["prove"]
 
 # Results of attention kernels that hold the generator's state, and nothing at all without dropout.
 _UNSET = frozenset({"rng_state", "unused", "philox_seed", "philox_offset"})
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def verify(
+def prove(
     tape: Tape,
     given: Mapping[int, torch.Tensor],
     truth: Mapping[int, torch.Tensor],
@@ -63,7 +63,7 @@ def verify(
             with around_op(k):
                 result = op.func(*args, **kwargs)
             del args, kwargs
-            _settle(tape, op, result, env, truth)
+            _take_results(tape, op, result, env, truth)
             del result
             for key in op.reads:
                 uses[key] -= 1
@@ -71,7 +71,7 @@ def verify(
                 del env[key]
 
 
-def _settle(
+def _take_results(
     tape: Tape,
     op: TapeOp,
     result: object,

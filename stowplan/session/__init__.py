@@ -1,0 +1,29 @@
+"""plan, apply, wrap, measure, report: where capture, planner, engine and reports meet."""
+
+from __future__ import annotations
+
+import torch
+
+from stowplan.core.plan import Plan
+from stowplan.offload.measure import Meter
+from stowplan.offload.tape.run import Counters
+from stowplan.reports import text
+from stowplan.session.applying import AppliedPlan, applied, apply
+from stowplan.session.planning import FORWARD_NOTE, plan, replan
+from stowplan.session.wrapping import wrap
+
+__all__ = ["FORWARD_NOTE", "AppliedPlan", "Meter", "applied", "apply", "measure", "plan", "replan", "report", "wrap"]
+
+
+def measure(model: torch.nn.Module) -> Meter:
+    """A context around a few training steps; afterwards ``.measurement`` has peaks, seconds and bytes moved, per step.
+
+    The highest live bytes come from torch's own allocator events (CPU) or counters (CUDA).
+    """
+    handle = applied(model)
+    return Meter(model, handle.counters if handle is not None else Counters())
+
+
+def report(plan: Plan) -> str:
+    """The plan as text, 100 columns: what fits, what it gains, where memory goes, what every block does."""
+    return text.render(plan)

@@ -1,0 +1,127 @@
+"""Carrying plans out on models."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+
+import torch
+
+from stowplan.core.errors import InvalidArgument, PlanMismatch
+from stowplan.core.plan import Plan
+from stowplan.core.program import Action
+from stowplan.offload.blocks import Block
+from stowplan.offload.copies import PlainCopies
+from stowplan.offload.engine import Engine
+from stowplan.offload.host_slab import HostSlab
+from stowplan.offload.tape.run import Counters
+from stowplan.session.planning import device_of
+
+__all__ = ["AppliedPlan", "applied", "apply"]
+
+# Room for the 64-byte alignment of each swapped value in the host slab.
+_SLAB_ALIGNMENT = 64
+
+_applied: weakref.WeakKeyDictionary[torch.nn.Module, AppliedPlan] = weakref.WeakKeyDictionary()
+
+
+class AppliedPlan:
+    """A plan in force on a model: a handle (``remove``) and a context manager.
+
+    ``counters`` tells what was swapped and recomputed so far.
+    """
+
+    def __init__(
+        self, plan: Plan, model: torch.nn.Module, on_remove: Callable[[torch.nn.Module], object] = lambda model: None
+    ) -> None:
+        device = device_of(model)
+        if plan.hardware.device_type != device.type:
+            raise PlanMismatch(
+                f"the plan was made for {plan.hardware.device_type} ({plan.hardware.name}), but the model is on "
+                f"{device}. Move the model there, or plan anew."
+            )
+        if model in _applied:
+            raise InvalidArgument("a plan is applied to this model already; call remove() on its handle first.")
+        self.plan = plan
+        self.counters = Counters()
+        self._on_remove = on_remove
+        self._model = weakref.ref(model)
+        self.resume()
+
+    def resume(self) -> None:
+        """Put the hooks on the blocks."""
+        model = self._model()
+        assert model is not None
+        copies = PlainCopies(_slab(self.plan, model))
+        self.engine = Engine(model, _named_blocks(model, self.plan), _decisions(self.plan), copies, self.counters)
+        _applied[model] = self
+
+    def suspend(self) -> bool:
+        """Take the hooks off the blocks. False if another plan is in force by now, or none."""
+        self.engine.remove()
+        model = self._model()
+        if model is None or _applied.get(model) is not self:
+            return False
+        del _applied[model]
+        return True
+
+    def remove(self) -> None:
+        """Take all hooks away, ``wrap``'s too; the model is as it was. Removing twice, or a plan that another one has
+        replaced, does nothing.
+        """
+        model = self._model()
+        if self.suspend() and model is not None:
+            self._on_remove(model)
+
+    def __enter__(self) -> AppliedPlan:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.remove()
+
+
+def apply(plan: Plan, model: torch.nn.Module) -> AppliedPlan:
+    """Carry ``plan`` out on ``model`` from now on: hooks only, the module tree and state dict stay as they are.
+
+    The first call of every block with a decision is recorded and its replay proved against the true values.
+
+    Raises PlanMismatch if the model is not the one the plan was made for (here, or at a block's first call), and
+    InvalidArgument if a plan is in force on it already.
+    """
+    return AppliedPlan(plan, model)
+
+
+def _named_blocks(model: torch.nn.Module, plan: Plan) -> list[Block]:
+    modules = dict(model.named_modules())
+    missing = [name for name in plan.step.block_names if name not in modules]
+    if missing:
+        raise PlanMismatch(
+            f"the plan was made for {plan.model} with blocks {plan.step.block_names[0]} … {plan.step.block_names[-1]}; "
+            f"{type(model).__name__} has no {missing[0]}. Plan anew with this model."
+        )
+    blocks = [Block(name, modules[name]) for name in plan.step.block_names]
+    for number, block in enumerate(blocks):
+        planned = plan.step.program_of(number).name
+        if type(block.module).__name__ != planned:
+            raise PlanMismatch(
+                f"{block.name} is a {type(block.module).__name__}, but the plan was made for a {planned}. Plan anew."
+            )
+    return blocks
+
+
+def _decisions(plan: Plan) -> Sequence[Mapping[str, Action]]:
+    return [plan.actions_of(block) for block in range(plan.step.num_blocks)]
+
+
+def _slab(plan: Plan, model: torch.nn.Module) -> HostSlab:
+    num_swapped = sum(action is Action.SWAP for actions in plan.decisions for action in actions)
+    size_bytes = plan.prediction.host_bytes + num_swapped * _SLAB_ALIGNMENT
+    return HostSlab(size_bytes, pinned=device_of(model).type == "cuda")
+
+
+def applied(model: torch.nn.Module) -> AppliedPlan | None:
+    """The plan in force on ``model``, by ``apply`` or ``wrap``; None where there is none (yet)."""
+    return _applied.get(model)

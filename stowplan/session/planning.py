@@ -1,0 +1,294 @@
+"""Making plans: capture on a batch, then the planner."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import platform
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from stowplan.core.errors import InvalidArgument, UnsupportedModel
+from stowplan.core.hardware import Hardware, preset
+from stowplan.core.plan import Plan
+from stowplan.core.units import format_bytes, parse_bytes
+from stowplan.offload.arguments import tensors_in
+from stowplan.offload.blocks import Blocks, find_blocks
+from stowplan.offload.calibrate import RESERVE_BYTES, device_budget_bytes, host_budget_bytes, measure_hardware
+from stowplan.offload.capture import capture
+
+__all__ = ["Batch", "LossFunction", "Size", "device_of", "make_plan", "own_loss", "plan", "replan"]
+
+Size = int | str
+LossFunction = Callable[[Any, Any], Any]
+
+# On errors of the user's own model, so that who shows them can tell them from ours.
+FORWARD_NOTE = "raised by the model's forward on the batch that was given to stowplan.plan"
+
+
+def plan(
+    model: torch.nn.Module,
+    batch: Any,
+    *,
+    budget: Size = "auto",
+    host_budget: Size = "auto",
+    optimizer: torch.optim.Optimizer | None = None,
+    loss_fn: LossFunction | None = None,
+    hardware: Hardware | str | None = None,
+    blocks: Blocks = None,
+    solver: str = "HiGHS",
+    time_limit_seconds: float = 5.0,
+    hold_gradients: bool = False,
+    hold_output: bool = True,
+    on_progress: Callable[[str], None] | None = None,
+) -> Plan:
+    """Decide what each block of ``model`` keeps, swaps and recomputes, for the least step time within the budgets.
+
+    Runs one block of each kind and the model around it on ``batch``; parameters, gradients, optimizer states, buffers
+    and random generators are afterwards as before. Call it under ``torch.autocast`` if the forward pass runs so.
+
+    Args:
+        batch: what the model is called with: a dict (keyword arguments), a tuple or list (positional), or one tensor.
+        budget: device bytes this process may use, as an int or ``"60GiB"``; ``"auto"``: what is free, less 1 GiB.
+        host_budget: host bytes for swapped values; ``"auto"``: four fifths of what is available.
+        optimizer: its states and its step count towards the budget.
+        loss_fn: ``loss_fn(output, batch)`` gives the loss; default: the output's ``loss``, or a scalar output.
+        hardware: a description or a preset's name, to plan with other link speeds; default: measured here.
+        blocks: the blocks' container by dotted name, or the modules; default: the largest stack of like modules.
+        solver: a PuLP solver by name.
+        time_limit_seconds: for solving; capture comes on top.
+        hold_gradients: gradients stay allocated between steps (accumulation, ``zero_grad(set_to_none=False)``).
+        hold_output: the loop holds the model's output (its logits) until backward is over, as after
+            ``output = model(batch)``; False for loops that keep the loss alone.
+        on_progress: called with a line of text as the work goes on.
+
+    Raises:
+        InfeasibleBudget: names the least feasible budget.
+        InvalidArgument: a size, batch, hardware or solver that cannot be used.
+        UnsupportedModel: the model cannot be captured as it is; says what to change.
+    """
+    run = Batch(model, batch, loss_fn)
+    return make_plan(
+        model,
+        run.forward,
+        run.loss_of,
+        batch,
+        budget=budget,
+        host_budget=host_budget,
+        optimizer=optimizer,
+        hardware=hardware,
+        blocks=blocks,
+        solver=solver,
+        time_limit_seconds=time_limit_seconds,
+        hold_gradients=hold_gradients,
+        hold_output=hold_output,
+        on_progress=on_progress if on_progress is not None else lambda message: None,
+    )
+
+
+def make_plan(
+    model: torch.nn.Module,
+    forward: Callable[[], Any],
+    loss_of: Callable[[Any], torch.Tensor],
+    batch: Any,
+    *,
+    budget: Size,
+    host_budget: Size,
+    optimizer: torch.optim.Optimizer | None,
+    hardware: Hardware | str | None,
+    blocks: Blocks,
+    solver: str,
+    time_limit_seconds: float,
+    hold_gradients: bool,
+    hold_output: bool,
+    on_progress: Callable[[str], None],
+) -> Plan:
+    """``plan`` for callers that run the forward pass and find the loss themselves."""
+    from stowplan.planner.activations import solve
+
+    device = device_of(model)
+    device_bytes = device_budget_bytes(device) if budget == "auto" else parse_bytes(budget, "budget")
+    host_bytes = host_budget_bytes() if host_budget == "auto" else parse_bytes(host_budget, "host_budget")
+    on_progress("measuring the machine")
+    machine = _hardware(hardware, device)
+    found = find_blocks(model, blocks)
+    captured = capture(
+        model,
+        found,
+        forward,
+        loss_of,
+        optimizer=optimizer,
+        batch=batch,
+        hold_gradients=hold_gradients,
+        hold_output=hold_output,
+        on_progress=on_progress,
+    )
+    on_progress("solving")
+    answer = solve(
+        captured.step,
+        machine,
+        device_bytes,
+        host_bytes,
+        solver=solver,
+        time_limit_seconds=time_limit_seconds,
+        on_progress=on_progress,
+    )
+    reserve = (f"of the free memory {format_bytes(RESERVE_BYTES)} are left alone",) if budget == "auto" else ()
+    return Plan(
+        model=type(model).__name__,
+        batch=_describe(batch),
+        budget_bytes=device_bytes,
+        host_budget_bytes=host_bytes,
+        hardware=machine,
+        step=captured.step,
+        decisions=answer.decisions,
+        prediction=answer.prediction,
+        unplanned=answer.unplanned,
+        solution=answer.solution,
+        least_budget_bytes=answer.least_budget_bytes,
+        baselines=answer.baselines,
+        declined=answer.declined,
+        assumptions=(*captured.assumptions, *_standing_assumptions(device), *reserve),
+        versions=_versions(),
+    )
+
+
+def replan(
+    plan: Plan,
+    *,
+    budget: Size,
+    host_budget: Size | None = None,
+    solver: str = "HiGHS",
+    time_limit_seconds: float = 5.0,
+    on_progress: Callable[[str], None] | None = None,
+) -> Plan:
+    """Decide anew for other budgets, from what ``plan`` captured: no model, no batch, no device is needed.
+
+    ``host_budget`` defaults to the plan's own. Raises as ``plan`` does.
+    """
+    from stowplan.planner.activations import solve
+
+    device_bytes = parse_bytes(budget, "budget")
+    host_bytes = plan.host_budget_bytes if host_budget is None else parse_bytes(host_budget, "host_budget")
+    answer = solve(
+        plan.step,
+        plan.hardware,
+        device_bytes,
+        host_bytes,
+        solver=solver,
+        time_limit_seconds=time_limit_seconds,
+        on_progress=on_progress,
+    )
+    return replace(
+        plan,
+        budget_bytes=device_bytes,
+        host_budget_bytes=host_bytes,
+        decisions=answer.decisions,
+        prediction=answer.prediction,
+        unplanned=answer.unplanned,
+        solution=answer.solution,
+        least_budget_bytes=answer.least_budget_bytes,
+        baselines=answer.baselines,
+        declined=answer.declined,
+        measurement=None,
+    )
+
+
+def _standing_assumptions(device: torch.device) -> Iterator[str]:
+    yield "bytes are those of live tensors and kernels' scratch; the allocator's fragmentation comes on top"
+    yield "copies to and from the host stop compute: they are not overlapped yet"
+    if device.type == "cpu":
+        yield "the CPU stands in for a device: host bytes are taken from the system beside its allocator"
+
+
+class Batch:
+    """Calls a model on a batch and finds the loss."""
+
+    def __init__(self, model: torch.nn.Module, batch: Any, loss_fn: LossFunction | None) -> None:
+        self.model = model
+        self.batch = batch
+        self.loss_fn = loss_fn
+        if not isinstance(batch, Mapping | tuple | list | torch.Tensor):
+            raise InvalidArgument(
+                f"batch is a {type(batch).__name__}; allowed: a dict of keyword arguments, a tuple or list of "
+                f"positional ones, or one tensor."
+            )
+
+    def forward(self) -> Any:
+        try:
+            if isinstance(self.batch, Mapping):
+                return self.model(**self.batch)
+            if isinstance(self.batch, torch.Tensor):
+                return self.model(self.batch)
+            return self.model(*self.batch)
+        except (TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
+            error.add_note(FORWARD_NOTE)
+            raise
+
+    def loss_of(self, output: Any) -> torch.Tensor:
+        """The scalar to differentiate. Raises InvalidArgument where there is none."""
+        loss: Any = self.loss_fn(output, self.batch) if self.loss_fn is not None else own_loss(output)
+        if loss is None:
+            raise InvalidArgument(
+                f"the model's output ({type(output).__name__}) has no loss to differentiate; give loss_fn=, a function "
+                f"of (output, batch), or put labels into the batch."
+            )
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
+            raise InvalidArgument("the loss is not a tensor of one element with a gradient; loss_fn= must return one.")
+        return loss
+
+
+def own_loss(output: Any) -> torch.Tensor | None:
+    """The loss that a model's output brings along; None where there is none."""
+    if isinstance(output, torch.Tensor):
+        return output if output.numel() == 1 else None
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    return loss if isinstance(loss, torch.Tensor) else None
+
+
+def _hardware(hardware: Hardware | str | None, device: torch.device) -> Hardware:
+    if hardware is None:
+        return measure_hardware(device)
+    machine = preset(hardware) if isinstance(hardware, str) else hardware
+    if machine.device_type != device.type:
+        raise InvalidArgument(
+            f"hardware={machine.name!r} is a {machine.device_type} device, but the model is on {device}: seconds and "
+            f"bytes are measured where the model is. Move the model there, or leave hardware= out."
+        )
+    return machine
+
+
+def device_of(model: torch.nn.Module) -> torch.device:
+    """The one device of the model's parameters. Raises UnsupportedModel for several, or for neither cpu nor cuda."""
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) != 1:
+        raise UnsupportedModel(
+            f"the model's parameters are on {len(devices)} devices ({', '.join(sorted(map(str, devices))) or 'none'}); "
+            f"stowplan plans for one device a process."
+        )
+    (device,) = devices
+    if device.type not in ("cpu", "cuda"):
+        raise UnsupportedModel(f"the model is on {device}; stowplan plans for cpu and cuda.")
+    return device
+
+
+def _describe(batch: Any) -> str:
+    arguments = (batch,) if isinstance(batch, torch.Tensor) else batch
+    items = arguments.items() if isinstance(arguments, Mapping) else enumerate(arguments)
+    shapes = [
+        f"{name} {'x'.join(map(str, tensor.shape))} {str(tensor.dtype).removeprefix('torch.')}"
+        for name, item in items
+        for tensor in tensors_in(item)
+    ]
+    return ", ".join(shapes)
+
+
+def _versions() -> tuple[tuple[str, str], ...]:
+    found = [("python", platform.python_version())]
+    for package in ("stowplan", "torch", "transformers"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found.append((package, importlib.metadata.version(package)))
+    return tuple(found)

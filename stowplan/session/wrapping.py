@@ -1,0 +1,148 @@
+"""Plans that make themselves at the first batch."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+
+from stowplan.core.errors import InvalidArgument
+from stowplan.core.plan import Plan
+from stowplan.core.units import parse_bytes
+from stowplan.offload.arguments import flatten_named, tensors_in
+from stowplan.offload.blocks import Blocks, find_blocks, refuse_unsupported
+from stowplan.offload.intercept import Forward, Interception
+from stowplan.session.applying import AppliedPlan, applied
+from stowplan.session.planning import Batch, LossFunction, Size, make_plan, own_loss
+
+__all__ = ["wrap"]
+
+Model = TypeVar("Model", bound=torch.nn.Module)
+
+
+def wrap(
+    model: Model,
+    *,
+    budget: Size = "auto",
+    host_budget: Size = "auto",
+    optimizer: torch.optim.Optimizer | None = None,
+    loss_fn: LossFunction | None = None,
+    blocks: Blocks = None,
+    hold_gradients: bool = False,
+    hold_output: bool = True,
+) -> Model:
+    """Plan at the first batch and carry the plan out from then on; gives the same model back.
+
+    The first training forward (and the first one with a larger batch than planned for) plans as ``plan`` does, with
+    that call's arguments as the batch, then goes on under the plan. Without a loss in the model's output, and without
+    ``loss_fn``, the head is captured with the sum of the output as its loss, which is said in the plan's assumptions.
+
+    The plan in force is ``stowplan.applied(model).plan``; ``stowplan.applied(model).remove()`` takes everything away.
+
+    Raises InvalidArgument or UnsupportedModel at once for sizes and blocks that cannot be, the rest of what ``plan``
+    raises at the forward that plans.
+    """
+    for size, name in ((budget, "budget"), (host_budget, "host_budget")):
+        if size != "auto":
+            parse_bytes(size, name)
+    if applied(model) is not None or _wrapper_of(model) is not None:
+        raise InvalidArgument("the model is wrapped, or has a plan applied to it, already; take that away first.")
+    refuse_unsupported(model, find_blocks(model, blocks))
+    options = {"budget": budget, "host_budget": host_budget, "optimizer": optimizer, "blocks": blocks}
+    _Wrapper(model, loss_fn, {**options, "hold_gradients": hold_gradients, "hold_output": hold_output})
+    return model
+
+
+class _Wrapper:
+    """Plans at a model's first training forward, and again when batches grow."""
+
+    def __init__(self, model: torch.nn.Module, loss_fn: LossFunction | None, options: dict[str, Any]) -> None:
+        self.loss_fn = loss_fn
+        self.options = options
+        self.largest: dict[str, tuple[int, ...]] = {}  # shape of each tensor argument that was planned for
+        self.busy = False
+        self.interception = Interception(model, self.call)
+
+    def call(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.busy or not (torch.is_grad_enabled() and self.interception.module.training):
+            return forward(*args, **kwargs)
+        shapes = {name: tuple(leaf.shape) for name, leaf in flatten_named(forward, args, kwargs) if _is_tensor(leaf)}
+        if any(_exceeds(shape, self.largest.get(name)) for name, shape in shapes.items()):
+            self.busy = True
+            try:
+                self._plan(forward, args, kwargs)
+            finally:
+                self.busy = False
+            self.largest = {name: _envelope(shape, self.largest.get(name)) for name, shape in shapes.items()}
+        return forward(*args, **kwargs)
+
+    def _plan(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Plan for this call and put the plan in force; if there is none, the one before stays in force."""
+        model = self.interception.module
+        before = applied(model)
+        if before is not None:
+            before.suspend()
+        try:
+            made = self._made(model, forward, args, kwargs)
+        except BaseException:
+            if before is not None:
+                before.resume()
+            raise
+        AppliedPlan(made, model, on_remove=_unwrap)
+
+    def _made(self, model: torch.nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:
+        batch = {**{str(i): argument for i, argument in enumerate(args)}, **kwargs}
+        run = Batch(model, batch, self.loss_fn)
+        outside: list[str] = []
+
+        def loss_of(output: Any) -> torch.Tensor:
+            differentiable = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
+            if self.loss_fn is not None or own_loss(output) is not None or not differentiable:
+                return run.loss_of(output)
+            outside[:] = ["the loss is computed outside the model and not counted: give loss_fn= to count it"]
+            return torch.stack([tensor.sum() for tensor in differentiable]).sum()
+
+        made = make_plan(
+            model,
+            lambda: forward(*args, **kwargs),
+            loss_of,
+            batch,
+            hardware=None,
+            solver="HiGHS",
+            time_limit_seconds=5.0,
+            on_progress=lambda message: None,
+            **self.options,
+        )
+        for said in outside:
+            warnings.warn(f"stowplan.wrap: {said}.", RuntimeWarning, stacklevel=2)
+        return replace(made, assumptions=(*made.assumptions, *outside))
+
+
+def _is_tensor(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor)
+
+
+def _exceeds(shape: tuple[int, ...], planned: tuple[int, ...] | None) -> bool:
+    return planned is None or len(planned) != len(shape) or any(a > b for a, b in zip(shape, planned, strict=True))
+
+
+def _envelope(shape: tuple[int, ...], planned: tuple[int, ...] | None) -> tuple[int, ...]:
+    if planned is None or len(planned) != len(shape):
+        return shape
+    return tuple(map(max, shape, planned))
+
+
+def _unwrap(model: torch.nn.Module) -> None:
+    wrapper = _wrapper_of(model)
+    if wrapper is not None:
+        wrapper.interception.remove()
+
+
+def _wrapper_of(model: torch.nn.Module) -> _Wrapper | None:
+    """The wrapper in front of the model's forward. It is found there and kept nowhere else, so that it goes with it."""
+    forward = model.__dict__.get("forward")
+    handler = forward.handler if isinstance(forward, Interception) else None
+    owner = getattr(handler, "__self__", None)
+    return owner if isinstance(owner, _Wrapper) else None
