@@ -29,9 +29,11 @@ class Hardware:
     overlapped_copies: bool = False
     staging_blocks: int = 2
     origin: str = "measured"
+    host_bytes: int = 0  # of host memory for each device; 0: not known
 
 
-# Data sheets: dense bf16 FLOP/s and memory bandwidth of the vendor; links at a usual pinned-copy rate.
+# Data sheets: dense bf16 FLOP/s and memory bandwidth of the vendor; links at a usual pinned-copy rate. Host memory as
+# in usual machines of eight: 2 TB, less what others take.
 PRESETS = {
     "h100-sxm": Hardware(
         name="h100-sxm",
@@ -42,6 +44,7 @@ PRESETS = {
         to_host_bytes_per_second=50e9,
         to_device_bytes_per_second=50e9,
         origin="data sheet",
+        host_bytes=200 * GIB,
     ),
     "h200-sxm": Hardware(
         name="h200-sxm",
@@ -52,6 +55,7 @@ PRESETS = {
         to_host_bytes_per_second=50e9,
         to_device_bytes_per_second=50e9,
         origin="data sheet",
+        host_bytes=200 * GIB,
     ),
     "a100-sxm": Hardware(
         name="a100-sxm",
@@ -62,6 +66,7 @@ PRESETS = {
         to_host_bytes_per_second=25e9,
         to_device_bytes_per_second=25e9,
         origin="data sheet",
+        host_bytes=200 * GIB,
     ),
 }
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,8 +15,9 @@ from stowplan.core.program import BlockProgram, Op, Value
 from stowplan.offload.arguments import flatten, tensors_in
 from stowplan.offload.copies import PlainCopies
 from stowplan.offload.host_slab import HostSlab
+from stowplan.offload.instruments import Instruments
 from stowplan.offload.intercept import Forward
-from stowplan.offload.memory_log import Segment, memory_log, synchronize
+from stowplan.offload.memory_log import Segment
 from stowplan.offload.recording import Recording, record_call
 from stowplan.offload.storages import storage_bytes
 from stowplan.offload.tape.course import allowed_actions
@@ -25,7 +25,7 @@ from stowplan.offload.tape.proof import prove
 from stowplan.offload.tape.run import Counters
 from stowplan.offload.tape.tape import Origin, Tape, TapeOp
 
-__all__ = ["BlockCapture", "capture_block"]
+__all__ = ["BlockCapture", "capture_block", "measure_seconds"]
 
 _NUM_TIMED_RUNS = 3
 _NUM_TIMED_REPLAYS = 2
@@ -79,9 +79,9 @@ def capture_block(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     held_gradients: bool,
-    device: torch.device,
+    instruments: Instruments,
 ) -> tuple[BlockCapture, Any]:
-    """Record, prove and measure one call; gives the capture and the call's output.
+    """Record, prove and measure one call; gives the capture and the call's output. A dry call is not proved.
 
     Gradients of the module's parameters must be None on entry (or zeros, with ``held_gradients``) and are so on exit.
     """
@@ -91,24 +91,29 @@ def capture_block(
         torch.clear_autocast_cache()
         return forward(*own_args, **own_kwargs)
 
-    recording = record_call(
-        module, forward, _own_arguments(args), _own_arguments(kwargs), PlainCopies(HostSlab(1)), Counters()
-    )
+    own_args, own_kwargs = _own_arguments(args), _own_arguments(kwargs)
+    copies = PlainCopies(HostSlab(1))
+    recording = record_call(module, forward, own_args, own_kwargs, copies, Counters(), instruments.observe)
     tape = recording.recorder.tape
-    num_refuted = _prove_and_time(tape, recording, device) if tape.steady else 0
+    num_refuted = _prove_and_time(tape, recording, instruments) if tape.steady and not instruments.dry else 0
     alive_bytes, lingering_bytes = _find_holders(recording)
     recording.recorder.finish()
 
-    segments, output = _measure_memory(call, module, device)
-    times = [_measure_times(call, module, device, held_gradients) for _ in range(_NUM_TIMED_RUNS)]
+    segments, output = _measure_memory(call, instruments)
+    num_runs = 1 if instruments.dry else _NUM_TIMED_RUNS
+    times = [measure_seconds(call, module, instruments, held_gradients) for _ in range(num_runs)]
+    forward_seconds, backward_seconds = (statistics.median(column) for column in zip(*times, strict=True))
+    seconds = instruments.block_seconds(module, args, kwargs, (forward_seconds, backward_seconds))
+    for op in tape.ops if instruments.dry else ():
+        op.seconds *= instruments.scale
     leaves = flatten(args, kwargs)
     graph = segments["graph"]
     capture = BlockCapture(
         tape=tape,
         name=type(module).__name__,
         input_bytes={i: t.untyped_storage().nbytes() for i, t in enumerate(leaves) if isinstance(t, torch.Tensor)},
-        forward_seconds=statistics.median(forward_seconds for forward_seconds, _ in times),
-        backward_seconds=statistics.median(backward_seconds for _, backward_seconds in times),
+        forward_seconds=seconds[0],
+        backward_seconds=seconds[1],
         forward_peak_bytes=segments["forward"].peak_bytes - segments["forward"].start_bytes,
         backward_peak_bytes=segments["backward"].peak_bytes - segments["forward"].start_bytes,
         output_gradient_bytes=sum(t.untyped_storage().nbytes() for t in tensors_in(output) if t.requires_grad),
@@ -136,7 +141,7 @@ def _own_arguments(tree: Any) -> Any:
 
 
 # ---- the tape: proof, time and scratch of every op -----------------------------------------------------------------
-def _prove_and_time(tape: Tape, recording: Recording, device: torch.device) -> int:
+def _prove_and_time(tape: Tape, recording: Recording, instruments: Instruments) -> int:
     """Replay against the true values, then time every op and find its scratch memory; gives the number refuted."""
     truth = recording.truth()
     before = sum(op.replayable for op in tape.ops)
@@ -145,15 +150,13 @@ def _prove_and_time(tape: Tape, recording: Recording, device: torch.device) -> i
 
     @contextmanager
     def timed(op: int) -> Iterator[None]:
-        synchronize(device)
-        start = time.perf_counter()
+        start = instruments.seconds()
         yield
-        synchronize(device)
-        seconds.setdefault(op, []).append(time.perf_counter() - start)
+        seconds.setdefault(op, []).append(instruments.seconds() - start)
 
     for _ in range(_NUM_TIMED_REPLAYS):
         prove(tape, recording.given, truth, recording.position, timed)
-    with memory_log(device) as log:
+    with instruments.memory_log() as log:
 
         @contextmanager
         def marked(op: int) -> Iterator[None]:
@@ -219,11 +222,9 @@ def _graph_end(output: Any) -> torch.Tensor | None:
     return end
 
 
-def _measure_memory(
-    call: Callable[[], Any], module: torch.nn.Module, device: torch.device
-) -> tuple[dict[str, Segment], Any]:
+def _measure_memory(call: Callable[[], Any], instruments: Instruments) -> tuple[dict[str, Segment], Any]:
     """Peaks of one forward and backward, by phase; gives the output (without its graph) too."""
-    with memory_log(device) as log:
+    with instruments.memory_log() as log:
         log.mark("forward")
         output = call()
         log.mark("graph")
@@ -232,7 +233,7 @@ def _measure_memory(
         del output
         torch.clear_autocast_cache()
         log.mark("backward")
-        _backward(end, device)
+        _backward(end, instruments.device)
         del end
         log.mark("end")
     return {segment.name: segment for segment in log.segments}, template
@@ -249,23 +250,19 @@ def _detached(tree: Any) -> Any:
     return tree
 
 
-def _measure_times(
-    call: Callable[[], Any], module: torch.nn.Module, device: torch.device, held_gradients: bool
+def measure_seconds(
+    call: Callable[[], Any], module: torch.nn.Module, instruments: Instruments, held_gradients: bool
 ) -> tuple[float, float]:
     """Seconds of one forward and of its backward."""
     _clear_gradients(module, held_gradients)
-    synchronize(device)
-    start = time.perf_counter()
+    start = instruments.seconds()
     output = call()
-    synchronize(device)
-    middle = time.perf_counter()
+    middle = instruments.seconds()
     end = _graph_end(output)
     del output
-    synchronize(device)
-    second = time.perf_counter()
-    _backward(end, device)
-    synchronize(device)
-    return middle - start, time.perf_counter() - second
+    second = instruments.seconds()
+    _backward(end, instruments.device)
+    return middle - start, instruments.seconds() - second
 
 
 def _backward(end: torch.Tensor | None, device: torch.device) -> None:

@@ -13,6 +13,7 @@ from stowplan.core.units import format_bytes
 from stowplan.offload.arguments import tensors_in
 from stowplan.offload.blocks import Block, refuse_unsupported
 from stowplan.offload.buffers import Buffers
+from stowplan.offload.instruments import Instruments, RealInstruments
 from stowplan.offload.optimizers import OptimizerCost, optimizer_cost, state_bytes
 from stowplan.offload.outline import (
     BLOCKS_BACKWARD,
@@ -49,11 +50,12 @@ def capture(
     *,
     optimizer: torch.optim.Optimizer | None,
     batch: Any,
+    instruments: Instruments | None = None,
     hold_gradients: bool = False,
     hold_output: bool = True,
     on_progress: Callable[[str], None] = lambda message: None,
 ) -> Capture:
-    """Run parts of one step of ``model`` for real and describe the whole of it.
+    """Run parts of one step of ``model`` and describe the whole of it.
 
     Parameters, gradients, buffers, optimizer and random generators are afterwards as they were before.
 
@@ -62,6 +64,7 @@ def capture(
         loss_of: the loss to differentiate, from that output.
         optimizer: its steady states and its step are counted; None leaves them out.
         batch: the batch, whose tensors count as alive all step.
+        instruments: what bytes and seconds are measured with; default: the model's device itself.
         hold_gradients: gradients are alive throughout the step (accumulation, ``set_to_none=False``).
         hold_output: the output is alive until backward is over.
 
@@ -69,8 +72,8 @@ def capture(
         UnsupportedModel: compiled or self-checkpointing blocks, blocks called twice, or none called.
     """
     refuse_unsupported(model, blocks)
-    device = next(model.parameters()).device
-    outline = Outline(blocks, device, hold_gradients, hold_output, on_progress)
+    instruments = instruments or RealInstruments(next(model.parameters()).device)
+    outline = Outline(blocks, instruments, hold_gradients, hold_output, on_progress)
     with _untouched(model):
         _reset_gradients(model, hold_gradients)
         outline.explore(forward, loss_of)
@@ -78,7 +81,7 @@ def capture(
         on_progress("measuring the model around its blocks")
         moments = outline.measure(forward, loss_of)
     on_progress("measuring the optimizer")
-    cost = optimizer_cost(optimizer)
+    cost = optimizer_cost(optimizer, instruments)
     step = _assemble(model, blocks, outline, moments, cost, optimizer, batch, hold_gradients)
     return Capture(step, _assumptions(outline, step, cost, optimizer))
 

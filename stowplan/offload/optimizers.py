@@ -10,15 +10,21 @@ import copy
 import inspect
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_iter
 
 from stowplan.core.errors import InvalidArgument
+from stowplan.offload.dry.known import Known
+from stowplan.offload.dry.mode import DryLog, DryMode
+from stowplan.offload.dry.run import DryRun
+from stowplan.offload.instruments import Instruments
+from stowplan.offload.memory_log import MemoryLog
 from stowplan.offload.storages import storage_bytes
 
 __all__ = ["OptimizerCost", "optimizer_cost", "state_bytes"]
@@ -38,8 +44,10 @@ class OptimizerCost(NamedTuple):
     exact: bool = True
 
 
-def optimizer_cost(optimizer: torch.optim.Optimizer | None) -> OptimizerCost:
+def optimizer_cost(optimizer: torch.optim.Optimizer | None, instruments: Instruments) -> OptimizerCost:
     """The cost of ``optimizer.step()`` in steady state; nothing of the real optimizer or its parameters changes.
+
+    With dry instruments all of it is dry; otherwise seconds are those of a real step on stand-ins.
 
     Raises InvalidArgument for something that is no ``torch.optim.Optimizer``.
     """
@@ -52,16 +60,18 @@ def optimizer_cost(optimizer: torch.optim.Optimizer | None) -> OptimizerCost:
     if not any(p.requires_grad for group in optimizer.param_groups for p in group["params"]):
         return OptimizerCost(state_bytes(optimizer), 0, 0.0)
     try:
-        partial = _partial_step(optimizer)
-        dry = _dry_step(optimizer)
+        dry = _dry_step(optimizer, instruments)
+        if instruments.dry and dry is not None:
+            return dry
+        sample = _partial_step(optimizer)
     except TypeError as error:  # step() that needs a closure, a constructor of its own
         raise InvalidArgument(
             f"optimizer={type(optimizer).__name__} cannot be stepped by itself ({error}); leave optimizer= out and "
             f"lower the budget by what its states take."
         ) from error
     if dry is None:
-        return partial
-    return OptimizerCost(*dry, partial.seconds)
+        return sample
+    return dry._replace(seconds=sample.seconds)
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -69,47 +79,33 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     return storage_bytes(tree_iter(list(optimizer.state.values())))
 
 
-class _LiveBytes(TorchDispatchMode):
-    """Live bytes of the storages made under the mode, counted op by op."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.live: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.peak_bytes = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        given = {t.untyped_storage()._cdata for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)}
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_iter(result):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in given:
-                    self.live.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
-        self.peak_bytes = max(self.peak_bytes, self.live_bytes())
-        return result
-
-    def live_bytes(self) -> int:
-        for key in [key for key, (reference, _) in self.live.items() if reference.expired()]:
-            del self.live[key]
-        return sum(size for _, size in self.live.values())
-
-
-def _dry_step(optimizer: torch.optim.Optimizer) -> tuple[int, int] | None:
-    """Bytes of the states after a step, and the peak above them during the next; None if the step looks at data."""
-    from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-
-    with FakeTensorMode():
-        twin = _twin(optimizer, torch.empty_strided)
-        try:
-            _take_step(twin)
-        except DataDependentOutputException:
-            return None
+def _dry_step(optimizer: torch.optim.Optimizer, instruments: Instruments) -> OptimizerCost | None:
+    """The cost of a second step on fake tensors; None if the step looks at data that is not known."""
+    with _dry_space(instruments) as (log, seconds, known):
+        num_guesses = len(known.guesses)
+        twin = _twin(optimizer, partial(_empty, instruments.device))
+        _take_step(twin)
         states = state_bytes(twin)
-        with _LiveBytes() as live:
+        start = seconds()
+        with log:
             _take_step(twin)
-        return states, live.peak_bytes
+        peak_bytes = max(segment.peak_bytes for segment in log.segments)
+        cost = OptimizerCost(states, peak_bytes, (seconds() - start) * instruments.scale)
+        return cost if len(known.guesses) == num_guesses or instruments.dry else None
+
+
+def _empty(device: torch.device, like: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device)
+
+
+@contextmanager
+def _dry_space(instruments: Instruments) -> Iterator[tuple[MemoryLog, Callable[[], float], Known]]:
+    """A memory log, a clock and what is known, where tensors are fake: the dry run's, or one made for the purpose."""
+    if isinstance(instruments, DryRun):
+        yield instruments.memory_log(), instruments.seconds, instruments.known
+        return
+    with FakeTensorMode(), DryMode() as mode:
+        yield DryLog(mode), lambda: mode.seconds, mode.known
 
 
 def _partial_step(optimizer: torch.optim.Optimizer) -> OptimizerCost:
@@ -126,7 +122,7 @@ def _partial_step(optimizer: torch.optim.Optimizer) -> OptimizerCost:
     twin = _twin(optimizer, _small_numbers, lambda p: id(p) in chosen)
     _take_step(twin)
     seconds = sorted(_timed(twin, parameters) for _ in range(3))[1]
-    with _LiveBytes() as live:
+    with DryMode() as live:
         _take_step(twin)
     scale = sum(p.numel() for p in parameters) / num_chosen
     return OptimizerCost(
@@ -142,9 +138,9 @@ def _timed(optimizer: torch.optim.Optimizer, parameters: list[torch.Tensor]) -> 
     return time.perf_counter() - start
 
 
-def _small_numbers(*args: Any, **kwargs: Any) -> torch.Tensor:
-    """Tensors of one small number: zeros and denormals would be timed wrongly."""
-    return torch.empty_strided(*args, **kwargs).fill_(1e-3)
+def _small_numbers(like: torch.Tensor) -> torch.Tensor:
+    """A tensor of one small number: zeros and denormals would be timed wrongly."""
+    return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device).fill_(1e-3)
 
 
 def _own_copy(value: Any) -> Any:
@@ -159,7 +155,7 @@ def _take_step(optimizer: torch.optim.Optimizer) -> None:
 
 def _twin(
     optimizer: torch.optim.Optimizer,
-    make: Callable[..., torch.Tensor],
+    make: Callable[[torch.Tensor], torch.Tensor],
     chosen: Callable[[torch.Tensor], bool] = lambda p: True,
 ) -> torch.optim.Optimizer:
     """An optimizer of the same class and settings over copies of the parameters, each with a gradient."""
@@ -168,8 +164,8 @@ def _twin(
         parameters = []
         for p in group["params"]:
             if p.requires_grad and chosen(p):
-                stand_in = torch.nn.Parameter(make(p.shape, p.stride(), dtype=p.dtype, device=p.device))
-                stand_in.grad = make(p.shape, p.stride(), dtype=p.dtype, device=p.device)
+                stand_in = torch.nn.Parameter(make(p))
+                stand_in.grad = make(p)
                 parameters.append(stand_in)
         if parameters:
             groups.append({**group, "params": parameters})

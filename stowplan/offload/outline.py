@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,8 +15,9 @@ from stowplan.core.errors import UnsupportedModel
 from stowplan.offload.arguments import flatten, signature
 from stowplan.offload.block_capture import BlockCapture, capture_block
 from stowplan.offload.blocks import Block
+from stowplan.offload.instruments import Instruments
 from stowplan.offload.intercept import Forward, Interception
-from stowplan.offload.memory_log import Segment, memory_log, synchronize
+from stowplan.offload.memory_log import Segment
 
 __all__ = ["Call", "Moment", "Outline"]
 
@@ -52,7 +52,7 @@ class Outline:
     """
 
     blocks: Sequence[Block]
-    device: torch.device
+    instruments: Instruments
     hold_gradients: bool
     hold_output: bool
     on_progress: Callable[[str], None]
@@ -78,12 +78,11 @@ class Outline:
         self._num_expected = len(order)
         times: list[float] = []
         marked: set[str] = set()
-        with self._standing_in(), memory_log(self.device) as log:
+        with self._standing_in(), self.instruments.memory_log() as log:
 
             def mark(name: str) -> None:
                 marked.add(name)
-                synchronize(self.device)
-                times.append(time.perf_counter())
+                times.append(self.instruments.seconds())
                 log.mark(name)
 
             self._mark = mark
@@ -100,7 +99,7 @@ class Outline:
             )
         segments = [segment for segment in log.segments if segment.name != "start"]
         return {
-            segment.name: Moment(segment, end - start)
+            segment.name: Moment(segment, (end - start) * self.instruments.scale)
             for segment, start, end in zip(segments, times, times[1:], strict=False)
         }
 
@@ -114,7 +113,7 @@ class Outline:
             del output
         torch.clear_autocast_cache()
         if self.calls:
-            with torch.autocast(self.device.type, enabled=False):
+            with torch.autocast(self.instruments.device.type, enabled=False):
                 loss.backward()
 
     @contextmanager
@@ -146,7 +145,7 @@ class Outline:
         if kind not in self.captures:
             self.on_progress(f"measuring {block.name} ({type(block.module).__name__})")
             self.captures[kind], self._templates[kind] = capture_block(
-                block.module, forward, args, kwargs, self.hold_gradients, self.device
+                block.module, forward, args, kwargs, self.hold_gradients, self.instruments
             )
         tensors = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)}
         storages = {i: StorageWeakRef(tensor.untyped_storage()) for i, tensor in tensors.items()}
@@ -160,7 +159,7 @@ class Outline:
             for name in marks:
                 self._mark(name)
 
-        output = _stand_in(self._templates[kind], list(tensors.values()), self.device, on_backward)
+        output = _stand_in(self._templates[kind], list(tensors.values()), self.instruments.device, on_backward)
         self.calls.append(Call(number, kind, storages, self.captures[kind].output_gradient_bytes))
         if last:
             self._mark(HEAD)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from stowplan.offload.arguments import flatten_named
 from stowplan.offload.copies import CopyEngine
@@ -13,7 +15,7 @@ from stowplan.offload.intercept import Forward
 from stowplan.offload.tape.record import Recorder
 from stowplan.offload.tape.rng import Position, draw_position
 from stowplan.offload.tape.run import Counters, Run, unpack
-from stowplan.offload.tape.tape import Origin
+from stowplan.offload.tape.tape import Origin, TapeOp
 
 __all__ = ["Recording", "devices_of", "parameter_of", "record_call"]
 
@@ -45,11 +47,15 @@ def record_call(
     kwargs: dict[str, Any],
     copies: CopyEngine,
     counters: Counters,
+    observe: Callable[[TapeOp], object] = lambda op: None,
 ) -> Recording:
-    """Call ``forward`` of the block ``module`` once, recording what it does and holding all that it saves."""
+    """Call ``forward`` of the block ``module`` once, recording what it does and holding all that it saves.
+
+    ``observe`` is told of each recorded op, once it has run.
+    """
     leaves = flatten_named(forward, args, kwargs)
     position = draw_position(devices_of(module))
-    recorder = Recorder(module, leaves)
+    recorder = Recorder(module, leaves, observe)
     run = Run(type(module).__name__, copies, counters)
 
     def pack(tensor: torch.Tensor) -> Any:
@@ -80,5 +86,6 @@ def parameter_of(module: torch.nn.Module, name: str) -> torch.Tensor:
 
 def devices_of(module: torch.nn.Module) -> tuple[torch.device, ...]:
     """The CPU and every device that the module's parameters and buffers are on."""
-    devices = {tensor.device: None for tensor in (*module.parameters(), *module.buffers())}
+    tensors = (*module.parameters(), *module.buffers())
+    devices = {tensor.device: None for tensor in tensors if not isinstance(tensor, FakeTensor)}
     return tuple({torch.device("cpu"): None} | devices)

@@ -7,7 +7,7 @@ import importlib.metadata
 import platform
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,6 +19,11 @@ from stowplan.offload.arguments import tensors_in
 from stowplan.offload.blocks import Blocks, find_blocks
 from stowplan.offload.calibrate import RESERVE_BYTES, device_budget_bytes, host_budget_bytes, measure_hardware
 from stowplan.offload.capture import capture
+from stowplan.offload.dry.datasheet import Datasheet
+from stowplan.offload.dry.mode import Costs
+from stowplan.offload.dry.probes import Probes
+from stowplan.offload.dry.run import DryRun, is_fake
+from stowplan.offload.instruments import Instruments
 
 __all__ = ["Batch", "LossFunction", "Size", "device_of", "make_plan", "own_loss", "plan", "replan"]
 
@@ -43,12 +48,14 @@ def plan(
     time_limit_seconds: float = 5.0,
     hold_gradients: bool = False,
     hold_output: bool = True,
+    dry: bool | None = None,
     on_progress: Callable[[str], None] | None = None,
 ) -> Plan:
     """Decide what each block of ``model`` keeps, swaps and recomputes, for the least step time within the budgets.
 
     Runs one block of each kind and the model around it on ``batch``; parameters, gradients, optimizer states, buffers
     and random generators are afterwards as before. Call it under ``torch.autocast`` if the forward pass runs so.
+    A dry capture does not run the model: it adds up bytes and seconds of fake tensors (docs/dry_capture.md).
 
     Args:
         batch: what the model is called with: a dict (keyword arguments), a tuple or list (positional), or one tensor.
@@ -56,13 +63,15 @@ def plan(
         host_budget: host bytes for swapped values; ``"auto"``: four fifths of what is available.
         optimizer: its states and its step count towards the budget.
         loss_fn: ``loss_fn(output, batch)`` gives the loss; default: the output's ``loss``, or a scalar output.
-        hardware: a description or a preset's name, to plan with other link speeds; default: measured here.
+        hardware: a description or a preset's name, of a machine that need not be there; default: measured here.
         blocks: the blocks' container by dotted name, or the modules; default: the largest stack of like modules.
         solver: a PuLP solver by name.
         time_limit_seconds: for solving; capture comes on top.
         hold_gradients: gradients stay allocated between steps (accumulation, ``zero_grad(set_to_none=False)``).
         hold_output: the loop holds the model's output (its logits) until backward is over, as after
             ``output = model(batch)``; False for loops that keep the loss alone.
+        dry: capture without running the model. Default: where it cannot run, because it was built without data
+            (``stowplan.dry()``, the meta device) or ``hardware`` is another kind of device than the model is on.
         on_progress: called with a line of text as the work goes on.
 
     Raises:
@@ -70,23 +79,38 @@ def plan(
         InvalidArgument: a size, batch, hardware or solver that cannot be used.
         UnsupportedModel: the model cannot be captured as it is; says what to change.
     """
-    run = Batch(model, batch, loss_fn)
-    return make_plan(
-        model,
-        run.forward,
-        run.loss_of,
-        batch,
-        budget=budget,
-        host_budget=host_budget,
-        optimizer=optimizer,
-        hardware=hardware,
-        blocks=blocks,
-        solver=solver,
-        time_limit_seconds=time_limit_seconds,
-        hold_gradients=hold_gradients,
-        hold_output=hold_output,
-        on_progress=on_progress if on_progress is not None else lambda message: None,
+    say = on_progress if on_progress is not None else lambda message: None
+    device = device_of(model)
+    machine = preset(hardware) if isinstance(hardware, str) else hardware
+    elsewhere = machine is not None and machine.device_type != device.type
+    options = Options(
+        budget, host_budget, optimizer, blocks, solver, time_limit_seconds, hold_gradients, hold_output, say
     )
+    if dry or (dry is None and (elsewhere or is_fake(model))):
+        return _plan_dry(model, batch, loss_fn, machine, options)
+    if elsewhere or is_fake(model):
+        raise InvalidArgument(
+            f"dry=False, but the model {'has no data' if is_fake(model) else f'is on {device}'} and is to be planned "
+            f"for {machine.name if machine is not None else device}: move it there, or leave dry= out."
+        )
+    run = Batch(model, batch, loss_fn)
+    say("measuring the machine")
+    machine = machine or measure_hardware(device)
+    return make_plan(model, run.forward, run.loss_of, batch, machine, budgets_here(options, device), options)
+
+
+class Options(NamedTuple):
+    """What ``plan`` was asked for beside the model and the machine."""
+
+    budget: Size = "auto"
+    host_budget: Size = "auto"
+    optimizer: torch.optim.Optimizer | None = None
+    blocks: Blocks = None
+    solver: str = "HiGHS"
+    time_limit_seconds: float = 5.0
+    hold_gradients: bool = False
+    hold_output: bool = True
+    on_progress: Callable[[str], None] = lambda message: None
 
 
 def make_plan(
@@ -94,49 +118,42 @@ def make_plan(
     forward: Callable[[], Any],
     loss_of: Callable[[Any], torch.Tensor],
     batch: Any,
-    *,
-    budget: Size,
-    host_budget: Size,
-    optimizer: torch.optim.Optimizer | None,
-    hardware: Hardware | str | None,
-    blocks: Blocks,
-    solver: str,
-    time_limit_seconds: float,
-    hold_gradients: bool,
-    hold_output: bool,
-    on_progress: Callable[[str], None],
+    machine: Hardware,
+    budgets: tuple[int, int],
+    options: Options,
+    instruments: Instruments | None = None,
 ) -> Plan:
-    """``plan`` for callers that run the forward pass and find the loss themselves."""
+    """``plan`` for callers that run the forward pass and find the loss themselves.
+
+    ``budgets`` are those of device and host, in bytes. Without ``instruments`` the model's device is measured.
+    """
     from stowplan.planner.activations import solve
 
     device = device_of(model)
-    device_bytes = device_budget_bytes(device) if budget == "auto" else parse_bytes(budget, "budget")
-    host_bytes = host_budget_bytes() if host_budget == "auto" else parse_bytes(host_budget, "host_budget")
-    on_progress("measuring the machine")
-    machine = _hardware(hardware, device)
-    found = find_blocks(model, blocks)
+    device_bytes, host_bytes = budgets
     captured = capture(
         model,
-        found,
+        find_blocks(model, options.blocks),
         forward,
         loss_of,
-        optimizer=optimizer,
+        optimizer=options.optimizer,
         batch=batch,
-        hold_gradients=hold_gradients,
-        hold_output=hold_output,
-        on_progress=on_progress,
+        instruments=instruments,
+        hold_gradients=options.hold_gradients,
+        hold_output=options.hold_output,
+        on_progress=options.on_progress,
     )
-    on_progress("solving")
+    options.on_progress("solving")
     answer = solve(
         captured.step,
         machine,
         device_bytes,
         host_bytes,
-        solver=solver,
-        time_limit_seconds=time_limit_seconds,
-        on_progress=on_progress,
+        solver=options.solver,
+        time_limit_seconds=options.time_limit_seconds,
+        on_progress=options.on_progress,
     )
-    reserve = (f"of the free memory {format_bytes(RESERVE_BYTES)} are left alone",) if budget == "auto" else ()
+    reserve = (f"of the free memory {format_bytes(RESERVE_BYTES)} are left alone",) if options.budget == "auto" else ()
     return Plan(
         model=type(model).__name__,
         batch=_describe(batch),
@@ -154,6 +171,57 @@ def make_plan(
         assumptions=(*captured.assumptions, *_standing_assumptions(device), *reserve),
         versions=_versions(),
     )
+
+
+def budgets_here(options: Options, device: torch.device) -> tuple[int, int]:
+    """Device and host budget in bytes; ``"auto"`` asks ``device`` and the host."""
+    of_device = device_budget_bytes(device) if options.budget == "auto" else parse_bytes(options.budget, "budget")
+    of_host = host_budget_bytes() if options.host_budget == "auto" else parse_bytes(options.host_budget, "host_budget")
+    return of_device, of_host
+
+
+def _budgets_there(options: Options, machine: Hardware) -> tuple[int, int]:
+    """Device and host budget in bytes; ``"auto"`` takes them from the description of a machine that is not here."""
+    sizes = (("budget", options.budget, machine.device_bytes), ("host_budget", options.host_budget, machine.host_bytes))
+    for name, asked, there in sizes:
+        if asked == "auto" and there <= RESERVE_BYTES:
+            raise InvalidArgument(
+                f'{name}="auto", but {machine.name} is not known to have memory: say {name}= in bytes.'
+            )
+    of_device, of_host = (
+        there - RESERVE_BYTES if asked == "auto" else parse_bytes(asked, name) for name, asked, there in sizes
+    )
+    return of_device, of_host
+
+
+def _plan_dry(
+    model: torch.nn.Module, batch: Any, loss_fn: LossFunction | None, machine: Hardware | None, options: Options
+) -> Plan:
+    """Plan by fake tensors, for ``machine`` or, without one, for the device that the model is on."""
+    if machine is None:
+        device = device_of(model)
+        if device.type == "meta":
+            device = torch.device("cpu")
+        options.on_progress("measuring the machine")
+        machine = measure_hardware(device)
+        costs: Costs = Probes(device, machine)
+        run = DryRun(model, batch, device, costs, real_device=device)
+        budgets = budgets_here(options, device)
+    else:
+        device = torch.device(machine.device_type)
+        costs = Datasheet(machine)
+        run = DryRun(model, batch, device, costs)
+        budgets = _budgets_there(options, machine)
+    with run:
+        calls = Batch(model, run.batch, loss_fn)
+        made = make_plan(model, calls.forward, calls.loss_of, run.batch, machine, budgets, options, run)
+    return replace(made, assumptions=(*made.assumptions, _DRY, *costs.guesses, *run.guesses))
+
+
+_DRY = (
+    "the model was not run: bytes and ops are those of fake tensors; that replays give the same bits is proved at each "
+    "block's first call under the plan"
+)
 
 
 def replan(
@@ -249,18 +317,6 @@ def own_loss(output: Any) -> torch.Tensor | None:
     return loss if isinstance(loss, torch.Tensor) else None
 
 
-def _hardware(hardware: Hardware | str | None, device: torch.device) -> Hardware:
-    if hardware is None:
-        return measure_hardware(device)
-    machine = preset(hardware) if isinstance(hardware, str) else hardware
-    if machine.device_type != device.type:
-        raise InvalidArgument(
-            f"hardware={machine.name!r} is a {machine.device_type} device, but the model is on {device}: seconds and "
-            f"bytes are measured where the model is. Move the model there, or leave hardware= out."
-        )
-    return machine
-
-
 def device_of(model: torch.nn.Module) -> torch.device:
     """The one device of the model's parameters. Raises UnsupportedModel for several, or for neither cpu nor cuda."""
     devices = {parameter.device for parameter in model.parameters()}
@@ -270,7 +326,7 @@ def device_of(model: torch.nn.Module) -> torch.device:
             f"stowplan plans for one device a process."
         )
     (device,) = devices
-    if device.type not in ("cpu", "cuda"):
+    if device.type not in ("cpu", "cuda", "meta"):
         raise UnsupportedModel(f"the model is on {device}; stowplan plans for cpu and cuda.")
     return device
 

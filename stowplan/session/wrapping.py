@@ -13,9 +13,10 @@ from stowplan.core.plan import Plan
 from stowplan.core.units import parse_bytes
 from stowplan.offload.arguments import flatten_named, tensors_in
 from stowplan.offload.blocks import Blocks, find_blocks, refuse_unsupported
+from stowplan.offload.calibrate import measure_hardware
 from stowplan.offload.intercept import Forward, Interception
 from stowplan.session.applying import AppliedPlan, applied
-from stowplan.session.planning import Batch, LossFunction, Size, make_plan, own_loss
+from stowplan.session.planning import Batch, LossFunction, Options, Size, budgets_here, device_of, make_plan, own_loss
 
 __all__ = ["wrap"]
 
@@ -50,15 +51,15 @@ def wrap(
     if applied(model) is not None or _wrapper_of(model) is not None:
         raise InvalidArgument("the model is wrapped, or has a plan applied to it, already; take that away first.")
     refuse_unsupported(model, find_blocks(model, blocks))
-    options = {"budget": budget, "host_budget": host_budget, "optimizer": optimizer, "blocks": blocks}
-    _Wrapper(model, loss_fn, {**options, "hold_gradients": hold_gradients, "hold_output": hold_output})
+    options = Options(budget, host_budget, optimizer, blocks, hold_gradients=hold_gradients, hold_output=hold_output)
+    _Wrapper(model, loss_fn, options)
     return model
 
 
 class _Wrapper:
     """Plans at a model's first training forward, and again when batches grow."""
 
-    def __init__(self, model: torch.nn.Module, loss_fn: LossFunction | None, options: dict[str, Any]) -> None:
+    def __init__(self, model: torch.nn.Module, loss_fn: LossFunction | None, options: Options) -> None:
         self.loss_fn = loss_fn
         self.options = options
         self.largest: dict[str, tuple[int, ...]] = {}  # shape of each tensor argument that was planned for
@@ -104,17 +105,9 @@ class _Wrapper:
             outside[:] = ["the loss is computed outside the model and not counted: give loss_fn= to count it"]
             return torch.stack([tensor.sum() for tensor in differentiable]).sum()
 
-        made = make_plan(
-            model,
-            lambda: forward(*args, **kwargs),
-            loss_of,
-            batch,
-            hardware=None,
-            solver="HiGHS",
-            time_limit_seconds=5.0,
-            on_progress=lambda message: None,
-            **self.options,
-        )
+        device = device_of(model)
+        budgets, machine = budgets_here(self.options, device), measure_hardware(device)
+        made = make_plan(model, lambda: forward(*args, **kwargs), loss_of, batch, machine, budgets, self.options)
         for said in outside:
             warnings.warn(f"stowplan.wrap: {said}.", RuntimeWarning, stacklevel=2)
         return replace(made, assumptions=(*made.assumptions, *outside))

@@ -9,11 +9,12 @@ Note: identity of storages
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
@@ -45,11 +46,17 @@ class _Known(NamedTuple):
 class Recorder(TorchDispatchMode):
     """Records every op of one call of ``block`` into ``tape``, and by ``save`` every tensor that autograd saves.
 
-    ``leaves`` are the flattened arguments of the call with their names.
+    ``leaves`` are the flattened arguments of the call with their names; ``observe`` is told of each op that has run.
     """
 
-    def __init__(self, block: torch.nn.Module, leaves: Sequence[tuple[str, Any]]) -> None:
+    def __init__(
+        self,
+        block: torch.nn.Module,
+        leaves: Sequence[tuple[str, Any]],
+        observe: Callable[[TapeOp], object] = lambda op: None,
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._observe = observe
         self.tape = Tape()
         self._values: dict[int, int] = {}  # storage -> value
         self._pins: list[StorageWeakRef] = []  # by value
@@ -68,7 +75,7 @@ class Recorder(TorchDispatchMode):
     # ---- what the hooks call --------------------------------------------------------------------------------------
     def save(self, tensor: torch.Tensor) -> Slot | None:
         """Note that autograd saves ``tensor``; gives its slot, None for tensor subclasses (not replayable)."""
-        if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        if not _is_plain(tensor):
             self.tape.forbid_steady(f"autograd saves a {type(tensor).__name__}")
             return None
         if tensor.layout is not torch.strided or tensor.is_conj() or tensor.is_neg():
@@ -144,6 +151,7 @@ class Recorder(TorchDispatchMode):
             flops=_flops(func, args, kwargs, result),
         )
         self._can_rewind &= not random or advances_by_shape(func, kwargs)
+        self._observe(op)
         number = len(self.tape.ops)
         self.tape.ops.append(op)
         op.makes = tuple((position, self._make(tensor, number, func, position)) for position, tensor in fresh)
@@ -237,8 +245,15 @@ def module_stack(block: torch.nn.Module, stack: list[str]) -> Iterator[None]:
 
 def _own_tensors(block: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     for name, tensor in (*block.named_parameters(), *block.named_buffers()):
-        if type(tensor) in (torch.Tensor, torch.nn.Parameter):
+        if _is_plain(tensor):
             yield name, tensor
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """No subclass, save the fake tensors of a dry capture."""
+    return type(tensor) in (torch.Tensor, torch.nn.Parameter, FakeTensor) or (
+        isinstance(tensor, FakeTensor) and isinstance(tensor, torch.nn.Parameter)
+    )
 
 
 def _storage_key(tensor: torch.Tensor) -> int:

@@ -1,0 +1,201 @@
+"""A model made fake for a while, and the instruments by which capture measures it."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import psutil
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
+
+from stowplan.offload.dry.known import Known
+from stowplan.offload.dry.mode import Costs, DryLog, DryMode
+from stowplan.offload.dry.patches import uninitialised, unnoticed
+from stowplan.offload.storages import storage_bytes
+from stowplan.offload.tape.tape import TapeOp
+
+__all__ = ["DryRun", "building", "is_fake"]
+
+_NUM_TIMED_RUNS = 3
+# A real block is tried only if its tensors are surely no more than this share of the available memory.
+_MAX_SHARE = 1 / 3
+_BYTES_PER_PARAMETER_BYTE = 3  # weights, gradients, and room
+
+# Values of small tensors that models were built with.
+_KNOWN = Known()
+
+
+def is_fake(model: torch.nn.Module) -> bool:
+    """Was the model built without its data (``building``, or torch's meta device)?"""
+    return any(isinstance(p, FakeTensor) or p.is_meta for p in model.parameters())
+
+
+@contextmanager
+def building() -> Iterator[None]:
+    """Inside, new tensors take no memory: they have a shape, a dtype and a device, and small ones their values."""
+    with unnoticed(), uninitialised(), FakeTensorMode(allow_non_fake_inputs=True), DryMode(known=_KNOWN):
+        yield
+
+
+class DryRun:
+    """Inside, ``model`` is made of fake tensors on ``device``; afterwards it is as it was.
+
+    ``batch`` is the batch, fake. The run itself is capture's instruments.
+
+    Args:
+        costs: what ops take.
+        real_device: where one block of each kind may be run for real to calibrate ``costs``; None if nowhere.
+    """
+
+    dry = True
+    scale = 1.0
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        batch: Any,
+        device: torch.device,
+        costs: Costs,
+        real_device: torch.device | None = None,
+    ) -> None:
+        self.device = device
+        self.batch = batch
+        self.guesses: dict[str, None] = {}
+        self._model = model
+        self._real_device = real_device
+        self._scales: list[float] = []
+        self._fakes: dict[int, torch.Tensor] = {}
+        self.known = _KNOWN
+        self._mode = DryMode(costs, _KNOWN)
+        modes = {p.fake_mode for p in model.parameters() if isinstance(p, FakeTensor)}
+        self._fake_mode = modes.pop() if modes else FakeTensorMode(allow_non_fake_inputs=True)
+
+    def __enter__(self) -> DryRun:
+        _KNOWN.guesses.clear()
+        with ExitStack() as stack:
+            stack.enter_context(unnoticed())
+            stack.enter_context(self._fake_mode)
+            stack.enter_context(self._model_made_fake())
+            self.batch = self._faked(self.batch)
+            stack.enter_context(self._mode)
+            self._exits = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.guesses |= _KNOWN.guesses
+        self._exits.__exit__(*exception)
+
+    # ---- instruments ----------------------------------------------------------------------------------------------
+    def memory_log(self) -> DryLog:
+        return DryLog(self._mode)
+
+    def seconds(self) -> float:
+        return self._mode.seconds
+
+    def observe(self, op: TapeOp) -> None:
+        op.seconds, op.workspace_bytes = self._mode.last
+
+    def block_seconds(
+        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], estimate: tuple[float, float]
+    ) -> tuple[float, float]:
+        """Run the block for real if it fits, and remember by how much the estimate was off."""
+        needed = storage_bytes(module.parameters()) * _BYTES_PER_PARAMETER_BYTE + self._mode.peak_bytes
+        if self._real_device is None or needed > psutil.virtual_memory().available * _MAX_SHARE:
+            return estimate
+        try:
+            with _disable_current_modes():
+                seconds = self._run_for_real(module, args, kwargs)
+        except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+            name = type(module).__name__
+            self.guesses[f"{name} could not be run by itself ({error}): its seconds are sums over its ops"] = None
+            return estimate
+        self._scales.append(sum(seconds) / max(sum(estimate), 1e-9))
+        self.scale = statistics.median(self._scales)
+        return seconds
+
+    # ---- a real block ---------------------------------------------------------------------------------------------
+    def _run_for_real(
+        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[float, float]:
+        from stowplan.offload.block_capture import measure_seconds
+        from stowplan.offload.instruments import RealInstruments
+
+        assert self._real_device is not None
+        memo: dict[int, Any] = {id(t): self._made_real(t) for t in (*module.parameters(), *module.buffers())}
+        twin = copy.deepcopy(module, memo)
+        real_args, real_kwargs = self._tree_made_real(args), self._tree_made_real(kwargs)
+        instruments = RealInstruments(self._real_device)
+
+        def call() -> Any:
+            torch.clear_autocast_cache()
+            return twin(*real_args, **real_kwargs)
+
+        runs = [measure_seconds(call, twin, instruments, False) for _ in range(1 + _NUM_TIMED_RUNS)][1:]
+        return statistics.median(run[0] for run in runs), statistics.median(run[1] for run in runs)
+
+    def _made_real(self, fake: torch.Tensor) -> torch.Tensor:
+        known = _KNOWN.twin_of(fake)
+        if known is None:
+            known = torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device=self._real_device)
+            known = known.normal_(std=0.02) if fake.dtype.is_floating_point else known.zero_()
+        if isinstance(fake, torch.nn.Parameter):
+            return torch.nn.Parameter(known.detach(), fake.requires_grad)
+        return known.detach().requires_grad_(fake.requires_grad)
+
+    def _tree_made_real(self, tree: Any) -> Any:
+        if isinstance(tree, torch.Tensor):
+            return self._made_real(tree)
+        if isinstance(tree, dict):
+            return {key: self._tree_made_real(item) for key, item in tree.items()}
+        if isinstance(tree, tuple | list):
+            return type(tree)([self._tree_made_real(item) for item in tree])
+        return tree
+
+    # ---- a fake model ---------------------------------------------------------------------------------------------
+    @contextmanager
+    def _model_made_fake(self) -> Iterator[None]:
+        """Put fake tensors in the place of the model's parameters, buffers and other tensors."""
+        places = [
+            (tensors, name, value)
+            for module in self._model.modules()
+            for tensors in _tensor_dicts(module)
+            for name, value in tensors.items()
+            if isinstance(value, torch.Tensor)
+        ]
+        for tensors, name, value in places:
+            tensors[name] = self._faked(value)
+        try:
+            yield
+        finally:
+            for tensors, name, value in places:
+                tensors[name] = value
+
+    def _faked(self, tree: Any) -> Any:
+        if isinstance(tree, torch.Tensor):
+            if id(tree) not in self._fakes:
+                self._fakes[id(tree)] = self._fake(tree)
+            return self._fakes[id(tree)]
+        if isinstance(tree, Mapping):
+            return {key: self._faked(item) for key, item in tree.items()}
+        if isinstance(tree, tuple | list):
+            return type(tree)([self._faked(item) for item in tree])
+        return tree
+
+    def _fake(self, tensor: torch.Tensor) -> torch.Tensor:
+        fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=self.device)
+        known = _KNOWN.twin_of(tensor)
+        if known is not None and not known.is_meta and not isinstance(tensor, torch.nn.Parameter):
+            _KNOWN.remember(fake, known)
+        if isinstance(tensor, torch.nn.Parameter):
+            return torch.nn.Parameter(fake, tensor.requires_grad)
+        return fake.requires_grad_(tensor.requires_grad)
+
+
+def _tensor_dicts(module: torch.nn.Module) -> tuple[dict[str, Any], ...]:
+    """Where a module keeps its tensors."""
+    return module._parameters, module._buffers, module.__dict__
