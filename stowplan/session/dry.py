@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import (
 )
 
 from stowplan.core.errors import InvalidArgument, UnsupportedModel
-from stowplan.core.hardware import Hardware
+from stowplan.core.hardware import Hardware, preset
 from stowplan.core.plan import Plan
 from stowplan.core.units import parse_bytes
 from stowplan.offload.calibrate import RESERVE_BYTES, measure_hardware
@@ -43,7 +43,7 @@ _UNPROVED = (
 
 
 @contextmanager
-def dry() -> Iterator[None]:
+def dry(hardware: Hardware | str | None = None) -> Iterator[None]:
     """Inside, new tensors take no memory: build a model, a batch and an optimizer in here, then plan for them.
 
         with stowplan.dry():
@@ -53,8 +53,13 @@ def dry() -> Iterator[None]:
 
     Tensors have a shape, a dtype and a device; small ones that depend on no weights (masks, positions) have their
     values too. Weights are not initialised. Such a model can be planned for, and nothing else.
+
+    Args:
+        hardware: of a machine with GPUs: tensors may be on cuda inside, and ``torch.autocast("cuda")`` holds, whatever
+            is here.
     """
-    with building():
+    machine = preset(hardware) if isinstance(hardware, str) else hardware
+    with building(None if machine is None else torch.device(machine.device_type)):
         yield
 
 
