@@ -81,6 +81,10 @@ class Recorder(TorchDispatchMode):
         self.tape.slots.append(slot)
         return slot
 
+    def value_of(self, tensor: torch.Tensor) -> int | None:
+        """The value that is the tensor's storage; None if the block has not met it."""
+        return self._values.get(_storage_key(tensor))
+
     def alive(self) -> set[int]:
         """Values whose storages are still alive."""
         return {value for value, pin in enumerate(self._pins) if not pin.expired()}
