@@ -37,7 +37,7 @@ class Specimen:
     blocks: str | None = None
 
 
-def _of_config(kind: str, config: Callable[[], Any], **sizes: Any) -> Callable[[str], nn.Module]:
+def _of_config(kind: str, config: Callable[[], Any]) -> Callable[[str], nn.Module]:
     def build(attention: str) -> nn.Module:
         torch.manual_seed(0)
         made = config()
@@ -170,6 +170,17 @@ ZOO: dict[str, Specimen] = {
     "mixtral": Specimen(
         _of_config(
             "MixtralForCausalLM", lambda: t.MixtralConfig(**LLAMA_LIKE, num_local_experts=4, num_experts_per_tok=2)
+        ),
+        tokens,
+        num_blocks=2,
+    ),
+    # Tokens are gathered for each expert, as many as there are: shapes depend on data.
+    "mixtral, looping": Specimen(
+        _of_config(
+            "MixtralForCausalLM",
+            lambda: t.MixtralConfig(
+                **LLAMA_LIKE, num_local_experts=4, num_experts_per_tok=2, experts_implementation="eager"
+            ),
         ),
         tokens,
         num_blocks=2,

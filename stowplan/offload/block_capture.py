@@ -182,12 +182,12 @@ class _Entry(torch.autograd.Function):
     """Where a block's graph begins: an argument that is no leaf, as autocast would take a leaf for a weight."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: torch.Tensor, argument: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, argument: torch.Tensor) -> torch.Tensor:
         return argument.detach()
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        return None, None
+    def backward(ctx: Any, grad: torch.Tensor) -> None:
+        """Nobody asks for the argument's gradient."""
 
 
 def _own_arguments(tree: Any) -> Any:
@@ -199,8 +199,7 @@ def _own_arguments(tree: Any) -> Any:
             if id(leaf) not in twins:
                 twins[id(leaf)] = leaf.detach()
                 if leaf.requires_grad:
-                    anchor = torch.zeros((), device=leaf.device, requires_grad=True)
-                    twins[id(leaf)] = _Entry.apply(anchor, leaf.detach())  # type: ignore[no-untyped-call]
+                    twins[id(leaf)] = _Entry.apply(leaf.detach().requires_grad_())  # type: ignore[no-untyped-call]
             return twins[id(leaf)]
         if leaf is None or isinstance(leaf, bool | int | float | str):
             return leaf

@@ -160,6 +160,11 @@ def _assumptions(
     for capture in outline.captures.values():
         if not capture.tape.steady:
             said.append(f"{capture.name} keeps everything: {capture.tape.unsteady_reason}")
+        elif capture.tape.prefix is not None:
+            said.append(
+                f"{capture.name} keeps what it saves from the first op whose results depend on data on "
+                f"({capture.tape.prefix.reason}), and as many bytes of it as with this batch: others may take more"
+            )
         if capture.num_refuted:
             said.append(
                 f"{capture.name}: {capture.num_refuted} ops do not give the same bits again and are not replayed"

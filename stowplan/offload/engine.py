@@ -227,11 +227,13 @@ class PlannedBlock:
         planned = self.planned[call]
         allowed = allowed_actions(tape)
         names = {tape.values[v].name: v for v in allowed}
-        made = {name for name, v in names.items() if tape.values[v].origin is Origin.MADE}
-        if not self.tapes and not call and (planned.keys() - names.keys() or made - planned.keys()):
+        lasting = {slot.value for slot in tape.lasting_slots}
+        made = {name for name, v in names.items() if tape.values[v].origin is Origin.MADE and v in lasting}
+        expected = {name for name, action in planned.items() if tape.prefix is None or action is not Action.KEEP}
+        if not self.tapes and not call and (expected - names.keys() or made - planned.keys()):
             raise PlanMismatch(
                 f"{self.name} saves other values than the plan decides on. Planned, not saved: "
-                f"{_listed(planned.keys() - names.keys())}; saved, not planned: "
+                f"{_listed(expected - names.keys())}; saved, not planned: "
                 f"{_listed(made - planned.keys())}. The plan was made for another model, dtype, attention "
                 f"implementation, autocast setting or mode (train or eval): plan anew with this one."
             )
