@@ -72,6 +72,17 @@ def pairs(step: int) -> Batch:
     return {**source, "use_cache": False}
 
 
+def packed(step: int) -> Batch:
+    """Three texts in one row: positions begin anew with each, and no text sees another."""
+    lengths = torch.tensor([5, 3, 4])
+    text = torch.repeat_interleave(torch.arange(3), lengths)
+    inside = (text[:, None] == text) & torch.ones(12, 12, dtype=torch.bool).tril()
+    mask = torch.zeros(12, 12).masked_fill(~inside, torch.finfo(torch.float32).min)
+    positions = torch.cat([torch.arange(n) for n in lengths.tolist()])[None]
+    batch = tokens(step, batch=1)
+    return {**batch, "attention_mask": mask[None, None], "position_ids": positions}
+
+
 def images(step: int) -> Batch:
     pixels = torch.randn(2, 3, 32, 32, generator=_numbers(step))
     return {"pixel_values": pixels, "labels": torch.randint(5, (2,), generator=_numbers(step))}
@@ -137,6 +148,7 @@ ZOO: dict[str, Specimen] = {
         num_blocks=4,
     ),
     "qwen3": Specimen(_of_config("Qwen3ForCausalLM", lambda: t.Qwen3Config(**LLAMA_LIKE, head_dim=8)), tokens, 2),
+    "llama, packed": Specimen(_of_config("LlamaForCausalLM", lambda: t.LlamaConfig(**LLAMA_LIKE)), packed, 2),
     "neox": Specimen(
         _of_config("GPTNeoXForCausalLM", lambda: t.GPTNeoXConfig(**COMMON, intermediate_size=64, hidden_dropout=0.1)),
         tokens,
@@ -191,6 +203,18 @@ ZOO: dict[str, Specimen] = {
             "ConvNextForImageClassification",
             lambda: t.ConvNextConfig(
                 hidden_sizes=[8, 16], depths=[2, 2], num_stages=2, image_size=32, num_labels=5, drop_path_rate=0.1
+            ),
+        ),
+        images,
+        num_blocks=4,
+        attentions=("eager",),
+    ),
+    # Batch norms: their running statistics are among what is compared.
+    "resnet": Specimen(
+        _of_config(
+            "ResNetForImageClassification",
+            lambda: t.ResNetConfig(
+                embedding_size=8, hidden_sizes=[8, 16], depths=[2, 2], layer_type="basic", num_labels=5
             ),
         ),
         images,
