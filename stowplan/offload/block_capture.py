@@ -2,69 +2,37 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import statistics
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from enum import Enum
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from stowplan.core.program import BlockProgram, Op, Value
+from stowplan.core.program import BlockProgram
 from stowplan.offload.arguments import flatten, map_tree, tensors_in
+from stowplan.offload.block_program import Casts, Surroundings, single_assignment
 from stowplan.offload.copies import PlainCopies
 from stowplan.offload.host_slab import HostSlab
 from stowplan.offload.intercept import Forward
 from stowplan.offload.memory_log import Segment, memory_log, synchronize
+from stowplan.offload.own_arguments import input_bytes, own_arguments, without_arguments
 from stowplan.offload.recording import Recording, record_call
 from stowplan.offload.storages import storage_bytes
-from stowplan.offload.tape.course import allowed_actions
 from stowplan.offload.tape.proof import prove
 from stowplan.offload.tape.run import Counters
-from stowplan.offload.tape.tape import Origin, Tape, TapeOp
+from stowplan.offload.tape.tape import Origin, Tape
 
-__all__ = ["BlockCapture", "Casts", "Passed", "Surroundings", "capture_block"]
+__all__ = ["BlockCapture", "capture_block"]
 
 Strides = Sequence[tuple[int, ...]]
 GraphEnd = Callable[[Any], torch.Tensor | None]
 
 _NUM_TIMED_RUNS = 3
 _NUM_TIMED_REPLAYS = 2
-
-
-class Passed:
-    """In a block's output, the place of an argument that the block hands on as it is."""
-
-    __slots__ = ("position",)
-
-    def __init__(self, position: int) -> None:
-        self.position = position  # among the flattened arguments
-
-
-class Casts(Enum):
-    """Who holds the copies of a block's weights that autocast caches: later calls of the block take the first one's."""
-
-    OWN = "own"
-    SHARED = "shared"  # this call makes them, others use them: moving them would save nothing
-    THERE = "there"  # a call before made them and counts them
-
-
-class Surroundings(NamedTuple):
-    """What the rest of the model does with a call's inputs and outputs, by position.
-
-    ``shared`` arguments are on the device during the call whatever it does: they are not its own. Of those, ``loose``
-    ones are held by nobody afterwards, so that a replay that starts from them has to. ``held_outputs`` are held, and
-    their bytes counted, by others.
-    """
-
-    shared: frozenset[int] = frozenset()
-    loose: frozenset[int] = frozenset()
-    held_outputs: frozenset[int] = frozenset()
-    casts: Casts = Casts.OWN
 
 
 @dataclass(slots=True)
@@ -100,7 +68,7 @@ class BlockCapture:
         """The program of a call with such surroundings."""
         own = {position: size for position, size in self.input_bytes.items() if position not in around.shared}
         saved = {self.tape.values[slot.value].position for slot in self.tape.slots}
-        values, ops = _single_assignment(self.tape, around, {self.output_values[p] for p in around.held_outputs})
+        values, ops = single_assignment(self.tape, around, {self.output_values[p] for p in around.held_outputs})
         lingering_bytes, there_bytes = self.lingering_bytes, 0
         if around.casts is Casts.THERE:
             there_bytes = sum(value.size_bytes for value in self.tape.values if value.lingers)
@@ -140,12 +108,12 @@ def capture_block(
     """
 
     def call() -> Any:
-        own_args, own_kwargs = _own_arguments(args), _own_arguments(kwargs)
+        own_args, own_kwargs = own_arguments(args), own_arguments(kwargs)
         torch.clear_autocast_cache()
-        return _without_arguments(forward(*own_args, **own_kwargs), flatten(own_args, own_kwargs))
+        return without_arguments(forward(*own_args, **own_kwargs), flatten(own_args, own_kwargs))
 
     recording = record_call(
-        module, forward, _own_arguments(args), _own_arguments(kwargs), PlainCopies(HostSlab(1)), Counters()
+        module, forward, own_arguments(args), own_arguments(kwargs), PlainCopies(HostSlab(1)), Counters()
     )
     tape = recording.recorder.tape
     output_values = _output_values(recording)
@@ -161,7 +129,7 @@ def capture_block(
     capture = BlockCapture(
         tape=tape,
         name=type(module).__name__,
-        input_bytes=_input_bytes(leaves),
+        input_bytes=input_bytes(leaves),
         output_values=output_values,
         forward_seconds=statistics.median(forward_seconds for forward_seconds, _ in times),
         backward_seconds=statistics.median(backward_seconds for _, backward_seconds in times),
@@ -176,52 +144,6 @@ def capture_block(
     _clear_gradients(module, held_gradients)
     torch.clear_autocast_cache()
     return capture, output
-
-
-class _Entry(torch.autograd.Function):
-    """Where a block's graph begins: an argument that is no leaf, as autocast would take a leaf for a weight."""
-
-    @staticmethod
-    def forward(ctx: Any, argument: torch.Tensor) -> torch.Tensor:
-        return argument.detach()
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> None:
-        """Nobody asks for the argument's gradient."""
-
-
-def _own_arguments(tree: Any) -> Any:
-    """The same arguments cut off from the graph around the block; unknown objects (caches) are copied."""
-    twins: dict[int, torch.Tensor] = {}  # an argument that is given twice is one tensor again
-
-    def own(leaf: Any) -> Any:
-        if isinstance(leaf, torch.Tensor):
-            if id(leaf) not in twins:
-                twins[id(leaf)] = leaf.detach()
-                if leaf.requires_grad:
-                    twins[id(leaf)] = _Entry.apply(leaf.detach().requires_grad_())  # type: ignore[no-untyped-call]
-            return twins[id(leaf)]
-        if leaf is None or isinstance(leaf, bool | int | float | str):
-            return leaf
-        return copy.deepcopy(leaf)
-
-    return map_tree(tree, own)
-
-
-def _without_arguments(output: Any, leaves: list[Any]) -> Any:
-    """The output with ``Passed`` in the places of tensors that are arguments of the call."""
-    positions = {id(leaf): i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)}
-    return map_tree(output, lambda leaf: Passed(positions[id(leaf)]) if id(leaf) in positions else leaf)
-
-
-def _input_bytes(leaves: list[Any]) -> dict[int, int]:
-    """Bytes of each storage among the arguments, by the position of its first tensor."""
-    storages: dict[int, tuple[int, int]] = {}
-    for position, leaf in enumerate(leaves):
-        if isinstance(leaf, torch.Tensor):
-            storage = leaf.untyped_storage()
-            storages.setdefault(storage._cdata, (position, storage.nbytes()))
-    return dict(storages.values())
 
 
 def _output_values(recording: Recording) -> dict[int, int]:
@@ -401,63 +323,3 @@ def _clear_gradients(module: torch.nn.Module, held_gradients: bool) -> None:
             parameter.grad.zero_()
         else:
             parameter.grad = None
-
-
-# ---- the tape as a core program ------------------------------------------------------------------------------------
-def _single_assignment(
-    tape: Tape, around: Surroundings, held: Collection[int]
-) -> tuple[tuple[Value, ...], tuple[Op, ...]]:
-    """Values and ops for the planner: parameters and shared inputs left out, a value's versions told apart.
-
-    ``held`` values count no bytes here and stay where they are: others hold them.
-    """
-    absent = around.shared - around.loose
-    allowed = allowed_actions(tape)
-    numbers: dict[tuple[int, int], int] = {}
-    values: list[Value] = []
-    for number, value in enumerate(tape.values):
-        is_input = value.origin is Origin.INPUT and value.position not in absent
-        if value.origin is not Origin.MADE and not is_input:
-            continue
-        if value.lingers and around.casts is Casts.THERE:
-            continue
-        for version, writer in enumerate(value.writers):
-            last = version == value.last_version
-            actions = allowed.get(number, ()) if last else ()
-            if number in held or (value.lingers and around.casts is Casts.SHARED):
-                actions = actions[:1]
-            numbers[number, version] = len(values)
-            values.append(
-                Value(
-                    name=value.name if last else f"{value.name}@{version}",
-                    size_bytes=value.size_bytes if last and number not in held else 0,
-                    producer=writer,
-                    actions=actions,
-                    shape=value.geometry.size,
-                    dtype=str(value.geometry.dtype).removeprefix("torch."),
-                    lingers=value.lingers,
-                )
-            )
-    ops = tuple(_core_op(op, tape, numbers) for op in tape.ops)
-    return tuple(values), ops
-
-
-def _core_op(op: TapeOp, tape: Tape, numbers: dict[tuple[int, int], int]) -> Op:
-    makes = [(value, 0) for _, value in op.makes]
-    return Op(
-        name=op.func._schema.name,
-        inputs=tuple(dict.fromkeys(numbers[key] for key in op.reads if key in numbers)),
-        outputs=tuple(numbers[key] for key in (*makes, *op.writes) if key in numbers),
-        seconds=op.seconds,
-        flops=op.flops,
-        workspace_bytes=op.workspace_bytes,
-        replayable=op.replayable and not any(tape.values[value].opaque for value, _ in makes),
-        causal_attention="scaled_dot_product" in op.func._schema.name and _is_causal(op),
-    )
-
-
-def _is_causal(op: TapeOp) -> bool:
-    for position, argument in enumerate(op.func._schema.arguments):
-        if argument.name == "is_causal":
-            return bool(op.kwargs.get("is_causal", op.args[position] if position < len(op.args) else False))
-    return False

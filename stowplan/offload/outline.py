@@ -14,7 +14,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from stowplan.core.errors import UnsupportedModel
 from stowplan.offload.arguments import flatten, signature, tensors_in
-from stowplan.offload.block_capture import BlockCapture, Casts, Surroundings, capture_block
+from stowplan.offload.block_capture import BlockCapture, capture_block
+from stowplan.offload.block_program import Casts, Surroundings
 from stowplan.offload.blocks import Block, likeness
 from stowplan.offload.intercept import Forward, Interception
 from stowplan.offload.memory_log import Segment, memory_log, synchronize

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from stowplan.offload.arguments import map_tree, tensors_in
-from stowplan.offload.block_capture import Passed
+from stowplan.offload.own_arguments import Passed
 
 __all__ = ["stand_in"]
 
