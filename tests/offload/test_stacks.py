@@ -221,3 +221,51 @@ def test_the_same_module_twice_in_a_stack() -> None:
             assert all(torch.equal(p.grad, e) for p, e in zip(model.parameters(), expected, strict=True))
     assert applied.counters.steady_calls > 0
     assert "forward" not in model.__dict__
+
+
+def test_repeated_blocks_under_wrap_leave_no_trace() -> None:
+    """Calls are counted in front of the model's forward, where ``wrap`` stands, too: both go, in any order."""
+    make, batch, blocks = MODELS["albert"]
+    model = make()
+    least = planned("albert").least_budget_bytes
+    session.wrap(model, budget=2 * least, blocks=blocks)
+    for _ in range(3):
+        model(**batch()).loss.backward()
+    handle = session.applied(model)
+    assert handle is not None
+    assert handle.counters.recorded_calls > 0
+    handle.remove()
+    assert all("forward" not in module.__dict__ for module in model.modules())
+
+
+def test_a_forward_pass_that_ends_early_does_not_shift_the_calls() -> None:
+    plan = planned("albert")
+    tight = session.replan(plan, budget=plan.least_budget_bytes)
+    model, batch = albert(), tokens()
+    model(**batch).loss.backward()
+    expected = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    with session.apply(tight, model) as applied:
+        model(**batch)
+        with pytest.raises(ValueError, match="enough"):
+            _stop_after_two_calls(model, batch)
+        recorded = applied.counters.recorded_calls
+        for _ in range(3):
+            model.zero_grad()
+            model(**batch).loss.backward()
+            assert all(torch.equal(p.grad, e) for p, e in zip(model.parameters(), expected, strict=True))
+    assert applied.counters.recorded_calls - recorded <= 4
+
+
+def _stop_after_two_calls(model: nn.Module, batch: dict[str, Any]) -> None:
+    calls = []
+
+    def count(module: nn.Module, args: Any) -> None:
+        calls.append(module)
+        if len(calls) == 3:
+            raise ValueError("enough")
+
+    handle = model.get_submodule("albert.encoder.albert_layer_groups.0").register_forward_pre_hook(count)
+    try:
+        model(**batch)
+    finally:
+        handle.remove()
