@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +17,16 @@ from stowplan.core.program import Action
 from tests.offload.test_exactness import assert_same, random_decisions
 from tests.zoo import ZOO, train
 
+
+def _case(name: str, amp: bool, attention: str) -> Any:
+    """Eager attention beside SDPA is for `make test`, not for `make test-fast`."""
+    identity = f"{name.replace(', ', '_').replace(' ', '_')}-{'bf16' if amp else 'fp32'}-{attention}"
+    marks = [pytest.mark.slow] if attention != ZOO[name].attentions[0] else []
+    return pytest.param(name, amp, attention, id=identity, marks=marks)
+
+
 CASES = [
-    pytest.param(name, amp, attention, id=f"{name.replace(' ', '_')}-{'bf16' if amp else 'fp32'}-{attention}")
+    _case(name, amp, attention)
     for name, specimen in ZOO.items()
     for amp in (False, True)
     for attention in specimen.attentions
