@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from stowplan.core.hardware import Hardware
 from stowplan.core.plan import Baseline, Decisions, Measurement, MomentBytes, Plan, Prediction, Solution
-from stowplan.core.program import Action, BlockProgram, Op, Phase, StepProgram, Value
+from stowplan.core.program import Action, BlockProgram, Gap, Op, Phase, StepProgram, Value
 from stowplan.core.units import GIB, MIB
 
 ANYTHING = (Action.KEEP, Action.SWAP, Action.RECOMPUTE)
@@ -295,6 +295,11 @@ def plans(draw: st.DrawFn) -> Plan:
         head=draw(phases),
         embedding_backward=draw(phases),
         optimizer_step=draw(phases),
+        gaps=tuple(
+            Gap(block=block, forward=draw(phases), backward=draw(phases))
+            for block in range(1, len(blocks))
+            if draw(st.integers(0, 9)) == 0
+        ),
     )
     choices = [
         [

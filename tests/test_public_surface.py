@@ -36,6 +36,7 @@ NAMES = [
     "StowplanError",
     "UnsupportedModel",
     "__version__",
+    "allow_replay",
     "applied",
     "apply",
     "measure",

@@ -195,6 +195,13 @@ def _check_step(step: StepProgram) -> None:
         raise RecordError(f"$.step.block_names: {len(step.block_names)} names of {step.num_blocks} blocks")
     for block, index in enumerate(step.blocks):
         _check_index(index, len(step.programs), f"$.step.blocks[{block}]")
+    before = 0
+    for number, gap in enumerate(step.gaps):
+        if not before < gap.block < step.num_blocks:
+            raise RecordError(
+                f"$.step.gaps[{number}].block: {gap.block} is not between {before + 1} and {step.num_blocks - 1}"
+            )
+        before = gap.block
     for number, program in enumerate(step.programs):
         path = f"$.step.programs[{number}]"
         for i, value in enumerate(program.values):

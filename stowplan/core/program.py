@@ -6,12 +6,13 @@ in-place write makes a new Value of zero bytes' growth (the storage is counted o
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
 
-__all__ = ["Action", "BlockProgram", "Op", "Phase", "StepProgram", "Value"]
+__all__ = ["Action", "BlockProgram", "Gap", "Op", "Phase", "StepProgram", "Value"]
 
 
 class Action(StrEnum):
@@ -108,17 +109,32 @@ class Phase:
     left_bytes: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gap:
+    """What the model does between two blocks: block number ``block`` and the one before it.
+
+    ``forward`` comes right before that block's forward, ``backward`` right after its backward.
+    """
+
+    block: int
+    forward: Phase
+    backward: Phase
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepProgram:
     """One training step: static bytes, the phases around the blocks, and which program each block runs.
 
     Order of a step: ``embedding_forward``, blocks in order, ``head`` (final norm, head, loss and their backward),
-    blocks in reverse, ``embedding_backward``, ``optimizer_step``.
+    blocks in reverse, ``embedding_backward``, ``optimizer_step``; and between blocks the ``gaps``, where there is
+    anything: most models have none, an encoder and its decoder have one, stages of a vision model have some.
+
+    A block that is called several times in a step is there once for each call.
     """
 
     programs: tuple[BlockProgram, ...]
     blocks: tuple[int, ...]  # program of each block, in execution order
-    block_names: tuple[str, ...]
+    block_names: tuple[str, ...]  # the same name again: another call of that block
     parameter_bytes: int
     buffer_bytes: int
     optimizer_bytes: int
@@ -128,6 +144,7 @@ class StepProgram:
     head: Phase
     embedding_backward: Phase
     optimizer_step: Phase
+    gaps: tuple[Gap, ...] = ()  # in order of ``block``
 
     @property
     def static_bytes(self) -> int:
@@ -143,6 +160,39 @@ class StepProgram:
     @property
     def num_blocks(self) -> int:
         return len(self.blocks)
+
+    @cached_property
+    def gap_before(self) -> dict[int, Gap]:
+        """The gaps by the number of the block that they precede."""
+        return {gap.block: gap for gap in self.gaps}
+
+    @cached_property
+    def forward_left_bytes(self) -> tuple[int, ...]:
+        """For each block, what the parts outside the blocks hold while it goes forward."""
+        left, held = [], self.embedding_forward.left_bytes
+        for block in range(self.num_blocks):
+            held = self.gap_before[block].forward.left_bytes if block in self.gap_before else held
+            left.append(held)
+        return tuple(left)
+
+    @cached_property
+    def backward_left_bytes(self) -> tuple[int, ...]:
+        """For each block, what the parts outside the blocks hold while it goes backward."""
+        left, held = [], self.head.left_bytes
+        for block in reversed(range(self.num_blocks)):
+            left.append(held)
+            held = self.gap_before[block].backward.left_bytes if block in self.gap_before else held
+        return tuple(reversed(left))
+
+    @cached_property
+    def call_names(self) -> tuple[str, ...]:
+        """A name for each block that no other has: that of the block, and which call of it where it has several."""
+        calls: Counter[str] = Counter()
+        names = []
+        for name in self.block_names:
+            calls[name] += 1
+            names.append(f"{name} (call {calls[name]})" if calls[name] > 1 else name)
+        return tuple(names)
 
     def program_of(self, block: int) -> BlockProgram:
         """The program that block number ``block`` runs."""

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence, Set
 from typing import Any
 
 import torch
 
-__all__ = ["Numbers", "flatten", "flatten_named", "signature", "tensors_in"]
+__all__ = ["Numbers", "flatten", "flatten_named", "map_tree", "signature", "tensors_in"]
 
 
 def flatten(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """All leaves of the arguments, through tuples, lists and dicts, in order. Other objects are leaves."""
+    """All leaves of the arguments, through tuples, lists, dicts and dataclasses, in order. Other objects are leaves."""
     leaves: list[Any] = []
     _flatten(args, leaves)
     _flatten(kwargs, leaves)
@@ -26,8 +28,38 @@ def _flatten(tree: Any, leaves: list[Any]) -> None:
     elif isinstance(tree, Mapping):
         for item in tree.values():
             _flatten(item, leaves)
+    elif _is_dataclass(tree):
+        for field in dataclasses.fields(tree):
+            _flatten(getattr(tree, field.name, None), leaves)
     else:
         leaves.append(tree)
+
+
+def _is_dataclass(tree: Any) -> bool:
+    return hasattr(type(tree), "__dataclass_fields__")
+
+
+def map_tree(tree: Any, fn: Callable[[Any], Any]) -> Any:
+    """The tree with ``fn(leaf)`` for every leaf, in the order of ``flatten``; what does not change is not copied."""
+    if isinstance(tree, tuple | list):
+        items = [map_tree(item, fn) for item in tree]
+        if all(new is old for new, old in zip(items, tree, strict=True)):
+            return tree
+        return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
+    if isinstance(tree, MutableMapping):
+        changed = {key: new for key, item in tree.items() if (new := map_tree(item, fn)) is not item}
+        twin = copy.copy(tree) if changed else tree
+        for key, item in changed.items():
+            twin[key] = item
+        return twin
+    if _is_dataclass(tree):
+        old = {field.name: getattr(tree, field.name, None) for field in dataclasses.fields(tree)}
+        changed = {name: new for name, item in old.items() if (new := map_tree(item, fn)) is not item}
+        twin = copy.copy(tree) if changed else tree
+        for name, item in changed.items():
+            object.__setattr__(twin, name, item)  # frozen ones, too: nobody else has the copy
+        return twin
+    return fn(tree)
 
 
 def flatten_named(forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[str, Any]]:
@@ -45,6 +77,9 @@ def _named_leaves(name: str, tree: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(tree, Mapping):
         for key, item in tree.items():
             yield from _named_leaves(f"{name}.{key}", item)
+    elif _is_dataclass(tree):
+        for field in dataclasses.fields(tree):
+            yield from _named_leaves(f"{name}.{field.name}", getattr(tree, field.name, None))
     else:
         yield name, tree
 

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-import copy
+import functools
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from stowplan.core.program import BlockProgram, Op, Value
-from stowplan.offload.arguments import flatten, tensors_in
+from stowplan.core.program import BlockProgram
+from stowplan.offload.arguments import flatten, map_tree, tensors_in
+from stowplan.offload.block_program import Casts, Surroundings, single_assignment
 from stowplan.offload.copies import PlainCopies
 from stowplan.offload.host_slab import HostSlab
 from stowplan.offload.instruments import Instruments
 from stowplan.offload.intercept import Forward
 from stowplan.offload.memory_log import Segment
+from stowplan.offload.own_arguments import input_bytes, own_arguments, without_arguments
 from stowplan.offload.recording import Recording, record_call
 from stowplan.offload.storages import storage_bytes
-from stowplan.offload.tape.course import allowed_actions
 from stowplan.offload.tape.proof import prove
 from stowplan.offload.tape.run import Counters
-from stowplan.offload.tape.tape import Origin, Tape, TapeOp
+from stowplan.offload.tape.tape import Origin, Tape
 
-__all__ = ["BlockCapture", "capture_block", "measure_seconds"]
+__all__ = ["BlockCapture", "capture_block", "graph_end", "measure_seconds"]
+
+Strides = Sequence[tuple[int, ...]]
+GraphEnd = Callable[[Any], torch.Tensor | None]
 
 _NUM_TIMED_RUNS = 3
 _NUM_TIMED_REPLAYS = 2
@@ -37,7 +41,8 @@ class BlockCapture:
 
     tape: Tape
     name: str
-    input_bytes: dict[int, int]  # storage size of each tensor argument, by its position among the leaves
+    input_bytes: dict[int, int]  # of each storage among the arguments, by the position of its first tensor
+    output_values: dict[int, int]  # value of each tensor that the call made and gives back, by position among them
     forward_seconds: float
     backward_seconds: float
     forward_peak_bytes: int
@@ -53,23 +58,35 @@ class BlockCapture:
         """What autograd functions keep beside what they save."""
         return max(0, self.unseen_bytes)
 
-    def program(self, shared: set[int]) -> BlockProgram:
-        """The program, once it is known which arguments (by position) all blocks share: those are not its own."""
-        own = {position: size for position, size in self.input_bytes.items() if position not in shared}
+    @property
+    def saved_outputs(self) -> set[int]:
+        """Positions of the outputs that the block itself saves, too."""
+        saved = {slot.value for slot in self.tape.slots}
+        return {position for position, value in self.output_values.items() if value in saved}
+
+    def program(self, around: Surroundings) -> BlockProgram:
+        """The program of a call with such surroundings."""
+        own = {position: size for position, size in self.input_bytes.items() if position not in around.shared}
         saved = {self.tape.values[slot.value].position for slot in self.tape.slots}
-        values, ops = _single_assignment(self.tape, set(own))
+        values, ops = single_assignment(self.tape, around, {self.output_values[p] for p in around.held_outputs})
+        lingering_bytes, there_bytes = self.lingering_bytes, 0
+        if around.casts is Casts.THERE:
+            there_bytes = sum(value.size_bytes for value in self.tape.values if value.lingers)
+            lingering_bytes = 0
         return BlockProgram(
             name=self.name,
             values=values,
             ops=ops,
             forward_seconds=self.forward_seconds,
             backward_seconds=self.backward_seconds,
-            forward_peak_bytes=self.forward_peak_bytes + sum(own.values()),
-            backward_peak_bytes=self.backward_peak_bytes + sum(size for p, size in own.items() if p in saved),
+            forward_peak_bytes=self.forward_peak_bytes + sum(own.values()) - there_bytes,
+            backward_peak_bytes=self.backward_peak_bytes
+            + sum(size for p, size in own.items() if p in saved)
+            - there_bytes,
             output_gradient_bytes=self.output_gradient_bytes,
             gradient_bytes=self.gradient_bytes,
             held_bytes=self.held_bytes,
-            lingering_bytes=self.lingering_bytes,
+            lingering_bytes=lingering_bytes,
         )
 
 
@@ -80,28 +97,35 @@ def capture_block(
     kwargs: dict[str, Any],
     held_gradients: bool,
     instruments: Instruments,
+    gradient_strides: Strides | None = None,
 ) -> tuple[BlockCapture, Any]:
     """Record, prove and measure one call; gives the capture and the call's output. A dry call is not proved.
+
+    ``gradient_strides`` are those that the gradients of the call's outputs will have, where they are not the outputs'
+    own: kernels choose their ways, and their scratch memory, by them.
 
     Gradients of the module's parameters must be None on entry (or zeros, with ``held_gradients``) and are so on exit.
     """
 
     def call() -> Any:
-        own_args, own_kwargs = _own_arguments(args), _own_arguments(kwargs)
+        own_args, own_kwargs = own_arguments(args), own_arguments(kwargs)
         torch.clear_autocast_cache()
-        return forward(*own_args, **own_kwargs)
+        return without_arguments(forward(*own_args, **own_kwargs), flatten(own_args, own_kwargs))
 
-    own_args, own_kwargs = _own_arguments(args), _own_arguments(kwargs)
+    own_args, own_kwargs = own_arguments(args), own_arguments(kwargs)
     copies = PlainCopies(HostSlab(1))
-    recording = record_call(module, forward, own_args, own_kwargs, copies, Counters(), instruments.observe)
+    recording = record_call(module, forward, own_args, own_kwargs, copies, Counters(), observe=instruments.observe)
+    del own_args, own_kwargs
     tape = recording.recorder.tape
+    output_values = _output_values(recording)
     num_refuted = _prove_and_time(tape, recording, instruments) if tape.steady and not instruments.dry else 0
     alive_bytes, lingering_bytes = _find_holders(recording)
     recording.recorder.finish()
 
-    segments, output = _measure_memory(call, instruments)
+    end = functools.partial(graph_end, strides=gradient_strides)
+    segments, output = _measure_memory(call, end, instruments)
     num_runs = 1 if instruments.dry else _NUM_TIMED_RUNS
-    times = [measure_seconds(call, module, instruments, held_gradients) for _ in range(num_runs)]
+    times = [measure_seconds(call, end, module, instruments, held_gradients) for _ in range(num_runs)]
     forward_seconds, backward_seconds = (statistics.median(column) for column in zip(*times, strict=True))
     seconds = instruments.block_seconds(module, args, kwargs, (forward_seconds, backward_seconds))
     for op in tape.ops if instruments.dry else ():
@@ -111,12 +135,13 @@ def capture_block(
     capture = BlockCapture(
         tape=tape,
         name=type(module).__name__,
-        input_bytes={i: t.untyped_storage().nbytes() for i, t in enumerate(leaves) if isinstance(t, torch.Tensor)},
+        input_bytes=input_bytes(leaves),
+        output_values=output_values,
         forward_seconds=seconds[0],
         backward_seconds=seconds[1],
         forward_peak_bytes=segments["forward"].peak_bytes - segments["forward"].start_bytes,
         backward_peak_bytes=segments["backward"].peak_bytes - segments["forward"].start_bytes,
-        output_gradient_bytes=sum(t.untyped_storage().nbytes() for t in tensors_in(output) if t.requires_grad),
+        output_gradient_bytes=_output_gradient_bytes(output, gradient_strides),
         gradient_bytes=0 if held_gradients else _gradient_bytes(module),
         unseen_bytes=graph.start_bytes - segments["forward"].start_bytes - alive_bytes,
         lingering_bytes=lingering_bytes,
@@ -127,17 +152,11 @@ def capture_block(
     return capture, output
 
 
-def _own_arguments(tree: Any) -> Any:
-    """The same arguments cut off from the graph around the block; unknown objects (caches) are copied."""
-    if isinstance(tree, torch.Tensor):
-        return tree.detach().requires_grad_(tree.requires_grad)
-    if isinstance(tree, dict):
-        return {key: _own_arguments(item) for key, item in tree.items()}
-    if isinstance(tree, tuple | list):
-        return type(tree)([_own_arguments(item) for item in tree])
-    if tree is None or isinstance(tree, bool | int | float | str):
-        return tree
-    return copy.deepcopy(tree)
+def _output_values(recording: Recording) -> dict[int, int]:
+    """Values of the tensors that the call made and gives back, by their position among those."""
+    values = {position: recording.recorder.value_of(t) for position, t in enumerate(tensors_in(recording.output))}
+    made = {p: v for p, v in values.items() if v is not None}
+    return {p: v for p, v in made.items() if recording.recorder.tape.values[v].origin is Origin.MADE}
 
 
 # ---- the tape: proof, time and scratch of every op -----------------------------------------------------------------
@@ -210,7 +229,7 @@ class _Detour(torch.autograd.Function):
         return None, *gradients
 
 
-def _graph_end(output: Any) -> torch.Tensor | None:
+def graph_end(output: Any, strides: Strides | None = None) -> torch.Tensor | None:
     """A scalar whose backward gives every differentiable output a random gradient, without keeping the output.
 
     None for a frozen block, which has no backward.
@@ -218,17 +237,39 @@ def _graph_end(output: Any) -> torch.Tensor | None:
     outputs = [t for t in tensors_in(output) if t.requires_grad]
     if not outputs:
         return None
-    end: torch.Tensor = _Detour.apply([torch.randn_like(t) for t in outputs], *outputs)  # type: ignore[no-untyped-call]
+    if strides is None:
+        strides = [t.stride() for t in outputs]
+    gradients = [_random(t, stride) for t, stride in zip(outputs, strides, strict=True)]
+    end: torch.Tensor = _Detour.apply(gradients, *outputs)  # type: ignore[no-untyped-call]
     return end
 
 
-def _measure_memory(call: Callable[[], Any], instruments: Instruments) -> tuple[dict[str, Segment], Any]:
+def _random(like: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:
+    numbers = torch.randn(_reach(like.shape, stride), dtype=like.dtype, device=like.device)
+    return numbers.as_strided(like.shape, stride)
+
+
+def _reach(shape: Sequence[int], stride: Sequence[int]) -> int:
+    """Elements of a storage that a tensor of that shape and stride spans."""
+    return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) if 0 not in shape else 0
+
+
+def _output_gradient_bytes(output: Any, strides: Strides | None) -> int:
+    outputs = [t for t in tensors_in(output) if t.requires_grad]
+    if strides is None:
+        strides = [t.stride() for t in outputs]
+    return sum(t.element_size() * _reach(t.shape, stride) for t, stride in zip(outputs, strides, strict=True))
+
+
+def _measure_memory(
+    call: Callable[[], Any], make_end: GraphEnd, instruments: Instruments
+) -> tuple[dict[str, Segment], Any]:
     """Peaks of one forward and backward, by phase; gives the output (without its graph) too."""
     with instruments.memory_log() as log:
         log.mark("forward")
         output = call()
         log.mark("graph")
-        end = _graph_end(output)
+        end = make_end(output)
         template = _detached(output)
         del output
         torch.clear_autocast_cache()
@@ -241,24 +282,28 @@ def _measure_memory(call: Callable[[], Any], instruments: Instruments) -> tuple[
 
 def _detached(tree: Any) -> Any:
     """The shape of an output: tensors on the meta device, everything else as it is."""
-    if isinstance(tree, torch.Tensor):
-        return torch.empty_like(tree, device="meta").requires_grad_(tree.requires_grad)
-    if isinstance(tree, tuple | list):
-        return type(tree)([_detached(item) for item in tree])
-    if isinstance(tree, dict):
-        return {key: _detached(item) for key, item in tree.items()}
-    return tree
+
+    def detached(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor):
+            return torch.empty_like(leaf, device="meta").requires_grad_(leaf.requires_grad)
+        return leaf
+
+    return map_tree(tree, detached)
 
 
 def measure_seconds(
-    call: Callable[[], Any], module: torch.nn.Module, instruments: Instruments, held_gradients: bool
+    call: Callable[[], Any],
+    make_end: GraphEnd,
+    module: torch.nn.Module,
+    instruments: Instruments,
+    held_gradients: bool,
 ) -> tuple[float, float]:
     """Seconds of one forward and of its backward."""
     _clear_gradients(module, held_gradients)
     start = instruments.seconds()
     output = call()
     middle = instruments.seconds()
-    end = _graph_end(output)
+    end = make_end(output)
     del output
     second = instruments.seconds()
     _backward(end, instruments.device)
@@ -282,53 +327,3 @@ def _clear_gradients(module: torch.nn.Module, held_gradients: bool) -> None:
             parameter.grad.zero_()
         else:
             parameter.grad = None
-
-
-# ---- the tape as a core program ------------------------------------------------------------------------------------
-def _single_assignment(tape: Tape, own_inputs: set[int]) -> tuple[tuple[Value, ...], tuple[Op, ...]]:
-    """Values and ops for the planner: parameters and shared inputs left out, a value's versions told apart."""
-    allowed = allowed_actions(tape)
-    numbers: dict[tuple[int, int], int] = {}
-    values: list[Value] = []
-    for number, value in enumerate(tape.values):
-        is_input = value.origin is Origin.INPUT and value.position in own_inputs
-        if value.origin is not Origin.MADE and not is_input:
-            continue
-        for version, writer in enumerate(value.writers):
-            last = version == value.last_version
-            actions = allowed.get(number, ()) if last else ()
-            numbers[number, version] = len(values)
-            values.append(
-                Value(
-                    name=value.name if last else f"{value.name}@{version}",
-                    size_bytes=value.size_bytes if last else 0,
-                    producer=writer,
-                    actions=actions,
-                    shape=value.geometry.size,
-                    dtype=str(value.geometry.dtype).removeprefix("torch."),
-                    lingers=value.lingers,
-                )
-            )
-    ops = tuple(_core_op(op, tape, numbers) for op in tape.ops)
-    return tuple(values), ops
-
-
-def _core_op(op: TapeOp, tape: Tape, numbers: dict[tuple[int, int], int]) -> Op:
-    makes = [(value, 0) for _, value in op.makes]
-    return Op(
-        name=op.func._schema.name,
-        inputs=tuple(dict.fromkeys(numbers[key] for key in op.reads if key in numbers)),
-        outputs=tuple(numbers[key] for key in (*makes, *op.writes) if key in numbers),
-        seconds=op.seconds,
-        flops=op.flops,
-        workspace_bytes=op.workspace_bytes,
-        replayable=op.replayable and not any(tape.values[value].opaque for value, _ in makes),
-        causal_attention="scaled_dot_product" in op.func._schema.name and _is_causal(op),
-    )
-
-
-def _is_causal(op: TapeOp) -> bool:
-    for position, argument in enumerate(op.func._schema.arguments):
-        if argument.name == "is_causal":
-            return bool(op.kwargs.get("is_causal", op.args[position] if position < len(op.args) else False))
-    return False

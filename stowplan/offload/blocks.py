@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 
 from stowplan.core.errors import InvalidArgument, UnsupportedModel
 
-__all__ = ["Block", "find_blocks", "refuse_unsupported"]
+__all__ = ["Block", "find_blocks", "likeness", "refuse_unsupported"]
 
-Blocks = str | Sequence[torch.nn.Module] | None
+Blocks = str | Sequence[str | torch.nn.Module] | None
+
+_LIKE_SHARE = 0.5  # of the parameters' shapes that two blocks of a stack have in common
+_NOTABLE_SHARE = 0.1  # of the largest stack's parameters that a stack of another kind has
 
 
 class Block(NamedTuple):
@@ -23,41 +27,48 @@ class Block(NamedTuple):
 
 
 def find_blocks(model: torch.nn.Module, blocks: Blocks = None) -> list[Block]:
-    """The repeated blocks: the ModuleList or Sequential of like modules that holds the most parameters.
+    """The repeated blocks, of all stacks: an encoder's and its decoder's, those of each stage of a vision model.
+
+    A stack is a ModuleList or Sequential with at least two children that are alike (one class, mostly equal shapes of
+    parameters); its blocks are all of its children that have parameters. Stacks inside blocks do not count, and
+    neither do small ones of another kind than the largest (the layers of a head, say).
 
     Args:
-        blocks: the dotted name of the container (``"model.layers"``), or the modules themselves; None to find them.
+        blocks: the dotted name of a container (``"model.layers"``), several of them, or the modules themselves; None
+            to find them.
 
     Raises:
-        InvalidArgument: the name or the modules are not in the model.
+        InvalidArgument: a name or module is not in the model.
         UnsupportedModel: nothing in the model repeats.
     """
     if blocks is None:
-        return _largest_stack(model)
+        return _main_stacks(model)
     if isinstance(blocks, str):
         return _named_stack(model, blocks)
     names = {id(module): name for name, module in model.named_modules()}
-    if len({id(module) for module in blocks}) != len(blocks):
+    given = [block for item in blocks for block in (_named_stack(model, item) if isinstance(item, str) else [item])]
+    modules = [item.module if isinstance(item, Block) else item for item in given]
+    if len({id(module) for module in modules}) != len(modules):
         raise InvalidArgument("blocks= names a module twice; give each block once.")
-    nested = [names[id(m)] for m in blocks for outer in blocks if m is not outer and m in set(outer.modules())]
+    nested = [names[id(m)] for m in modules for outer in modules if m is not outer and m in set(outer.modules())]
     if nested:
         raise InvalidArgument(
             f"blocks= names {nested[0]}, which is inside another of the blocks; give the outer ones only."
         )
-    missing = [type(module).__name__ for module in blocks if id(module) not in names]
-    if missing or not blocks:
+    missing = [type(module).__name__ for module in modules if id(module) not in names]
+    if missing or not modules:
         raise InvalidArgument(
             f"blocks= names {missing[0] if missing else 'nothing'}, which is not in the model; give modules of the "
-            f"model, or the dotted name of their container."
+            f"model, or the dotted names of their containers."
         )
-    return [Block(names[id(module)], module) for module in blocks]
+    return [Block(names[id(module)], module) for module in modules]
 
 
 def _named_stack(model: torch.nn.Module, name: str) -> list[Block]:
     try:
         container = model.get_submodule(name)
     except AttributeError:
-        containers = [stack for stack, _ in _stacks(model)]
+        containers = [stack for stack, _ in _stacks(model, "")]
         raise InvalidArgument(
             f"blocks={name!r} is not in the model; containers of repeated modules: {', '.join(containers) or 'none'}."
         ) from None
@@ -68,28 +79,45 @@ def _named_stack(model: torch.nn.Module, name: str) -> list[Block]:
     return children
 
 
-def _stacks(model: torch.nn.Module) -> list[tuple[str, list[Block]]]:
-    """Containers in which at least two children are of one class, with those children."""
-    stacks = []
-    for name, container in model.named_modules():
-        if not isinstance(container, torch.nn.ModuleList | torch.nn.Sequential):
-            continue
-        children = list(container.named_children())
-        commonest = Counter(type(module) for _, module in children).most_common(1)
-        if commonest and commonest[0][1] >= 2:
-            prefix = f"{name}." if name else ""
-            stacks.append((name, [Block(prefix + child, m) for child, m in children if type(m) is commonest[0][0]]))
-    return stacks
+def _stacks(module: torch.nn.Module, name: str) -> Iterator[tuple[str, list[Block]]]:
+    """Containers of like modules with those of their children that have parameters; the outermost ones only."""
+    prefix = f"{name}." if name else ""
+    children = [Block(prefix + child, m) for child, m in module.named_children()]
+    if isinstance(module, torch.nn.ModuleList | torch.nn.Sequential):
+        shapes = [_shapes(child.module) for child in children]
+        pairs = itertools.combinations(zip(children, shapes, strict=True), 2)
+        if any(type(a.module) is type(b.module) and _alike(ours, theirs) for (a, ours), (b, theirs) in pairs):
+            yield name, [child for child, own in zip(children, shapes, strict=True) if own]
+            return
+    for child in children:
+        yield from _stacks(child.module, child.name)
 
 
-def _largest_stack(model: torch.nn.Module) -> list[Block]:
-    stacks = _stacks(model)
+def _shapes(module: torch.nn.Module) -> Counter[torch.Size]:
+    return Counter(parameter.shape for parameter in module.parameters())
+
+
+def _alike(ours: Counter[torch.Size], theirs: Counter[torch.Size]) -> bool:
+    """Do two modules have most shapes of parameters in common? Stages of a vision model do not: their widths differ."""
+    return bool(ours) and (ours & theirs).total() > _LIKE_SHARE * max(ours.total(), theirs.total())
+
+
+def _main_stacks(model: torch.nn.Module) -> list[Block]:
+    stacks = [blocks for _, blocks in _stacks(model, "")]
     if not stacks:
         raise UnsupportedModel(
             f"{type(model).__name__} has no ModuleList or Sequential of like modules to plan; name the blocks with "
             f'blocks="dotted.name" or blocks=[modules].'
         )
-    return max((blocks for _, blocks in stacks), key=_num_parameters)
+    largest = max(stacks, key=_num_parameters)
+    kinds = {type(block.module) for block in largest}
+    least = _NOTABLE_SHARE * _num_parameters(largest)
+    return [
+        block
+        for stack in stacks
+        if _num_parameters(stack) >= least or kinds & {type(block.module) for block in stack}
+        for block in stack
+    ]
 
 
 def _num_parameters(blocks: list[Block]) -> int:
@@ -111,3 +139,23 @@ def refuse_unsupported(model: torch.nn.Module, blocks: Sequence[Block]) -> None:
                     f"{name} is compiled by torch.compile: its kernels bypass the op tape. Plan the uncompiled model "
                     f"(remove .compile() from the blocks)."
                 )
+
+
+_POSITION_NAMES = frozenset({"layer_idx", "layer_id", "layer_number", "layer_index", "block_idx", "idx", "index"})
+
+
+def likeness(module: torch.nn.Module) -> tuple[object, ...]:
+    """What blocks must have in common to count as doing the same: classes, parameters, numbers; not their position.
+
+    It serves planning alone: the engine records and proves every block by itself.
+    """
+    parts: list[object] = []
+    for name, child in module.named_modules():
+        own = [(n, tuple(p.shape), p.dtype, p.requires_grad) for n, p in child.named_parameters(recurse=False)]
+        numbers = [
+            (key, value)
+            for key, value in child.__dict__.items()
+            if isinstance(value, bool | int | float | str) and key not in _POSITION_NAMES
+        ]
+        parts.append((name, type(child), tuple(own), tuple(sorted(numbers))))
+    return tuple(parts)

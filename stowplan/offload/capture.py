@@ -15,16 +15,8 @@ from stowplan.offload.blocks import Block, refuse_unsupported
 from stowplan.offload.buffers import Buffers
 from stowplan.offload.instruments import Instruments, RealInstruments
 from stowplan.offload.optimizers import OptimizerCost, optimizer_cost, state_bytes
-from stowplan.offload.outline import (
-    BLOCKS_BACKWARD,
-    BLOCKS_FORWARD,
-    EMBEDDING_BACKWARD,
-    EMBEDDING_FORWARD,
-    END,
-    HEAD,
-    Moment,
-    Outline,
-)
+from stowplan.offload.outline import Moment, Outline
+from stowplan.offload.phases import phases_of
 from stowplan.offload.recording import devices_of
 from stowplan.offload.storages import storage_bytes
 from stowplan.offload.tape.rng import restored
@@ -69,11 +61,12 @@ def capture(
         hold_output: the output is alive until backward is over.
 
     Raises:
-        UnsupportedModel: compiled or self-checkpointing blocks, blocks called twice, or none called.
+        UnsupportedModel: compiled or self-checkpointing blocks, or none called.
     """
     refuse_unsupported(model, blocks)
     instruments = instruments or RealInstruments(next(model.parameters()).device)
-    outline = Outline(blocks, instruments, hold_gradients, hold_output, on_progress)
+    static = frozenset(t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers(), *tensors_in(batch)))
+    outline = Outline(blocks, instruments, hold_gradients, hold_output, static, on_progress)
     with _untouched(model):
         _reset_gradients(model, hold_gradients)
         outline.explore(forward, loss_of)
@@ -125,43 +118,28 @@ def _assemble(
     batch: Any,
     hold_gradients: bool,
 ) -> StepProgram:
-    shared = outline.shared_positions()
-    kinds = list(outline.captures)
-    programs = tuple(outline.captures[kind].program(shared[kind]) for kind in kinds)
     calls = outline.calls
-    first = outline.captures[calls[0].kind]
-    first_input_bytes = sum(
-        size for position, size in first.input_bytes.items() if position not in shared[calls[0].kind]
-    )
-    seconds = {name: moment.seconds for name, moment in moments.items()}
-    segments = {name: moment.segment for name, moment in moments.items()}
-    left_bytes = segments[END].start_bytes
+    keys = [(call.kind, outline.surroundings(number)) for number, call in enumerate(calls)]
+    kinds = list(dict.fromkeys(keys))
+    programs = tuple(outline.captures[kind].program(around) for kind, around in kinds)
+    runs = tuple(map(kinds.index, keys))
+    phases = phases_of(outline, moments, [programs[program] for program in runs])
+    left_bytes = phases.left_bytes
     trainable = [p for p in model.parameters() if p.requires_grad]
     return StepProgram(
         programs=programs,
-        blocks=tuple(kinds.index(call.kind) for call in calls),
+        blocks=runs,
         block_names=tuple(blocks[call.block].name for call in calls),
         parameter_bytes=storage_bytes(model.parameters()),
         buffer_bytes=storage_bytes(model.buffers()),
         optimizer_bytes=max(cost.state_bytes, state_bytes(optimizer) if optimizer is not None else 0),
         batch_bytes=storage_bytes(tensors_in(batch)),
         held_gradient_bytes=storage_bytes(trainable) if hold_gradients else 0,
-        embedding_forward=Phase(
-            seconds=seconds[EMBEDDING_FORWARD],
-            peak_bytes=segments[EMBEDDING_FORWARD].peak_bytes,
-            left_bytes=max(0, segments[BLOCKS_FORWARD].start_bytes - first_input_bytes),
-        ),
-        head=Phase(
-            seconds=seconds[HEAD],
-            peak_bytes=segments[HEAD].peak_bytes,
-            left_bytes=max(0, segments[BLOCKS_BACKWARD].start_bytes - calls[-1].output_bytes),
-        ),
-        embedding_backward=Phase(
-            seconds=seconds[EMBEDDING_BACKWARD],
-            peak_bytes=segments[EMBEDDING_BACKWARD].peak_bytes,
-            left_bytes=left_bytes,
-        ),
+        embedding_forward=phases.embedding_forward,
+        head=phases.head,
+        embedding_backward=phases.embedding_backward,
         optimizer_step=Phase(seconds=cost.seconds, peak_bytes=left_bytes + cost.peak_bytes, left_bytes=left_bytes),
+        gaps=phases.gaps,
     )
 
 
@@ -185,6 +163,11 @@ def _assumptions(
     for capture in outline.captures.values():
         if not capture.tape.steady:
             said.append(f"{capture.name} keeps everything: {capture.tape.unsteady_reason}")
+        elif capture.tape.prefix is not None:
+            said.append(
+                f"{capture.name} keeps what it saves from the first op whose results depend on data on "
+                f"({capture.tape.prefix.reason}), and as many bytes of it as with this batch: others may take more"
+            )
         if capture.num_refuted:
             said.append(
                 f"{capture.name}: {capture.num_refuted} ops do not give the same bits again and are not replayed"

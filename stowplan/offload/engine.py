@@ -31,6 +31,7 @@ from stowplan.offload.tape.tape import Origin, Tape
 
 __all__ = ["Engine", "PlannedBlock"]
 
+# Which call of the block in a forward pass, and what can be seen of that call from outside.
 Signature = tuple[Any, ...]
 
 # A block that was recorded this often under one signature is left alone.
@@ -44,7 +45,8 @@ class Engine:
     """Hooks a plan's decisions into ``blocks`` and, on ``remove``, takes all of it away again.
 
     Args:
-        decisions: per block, the action of each saved value by name.
+        blocks: in order of their calls; a block that is called several times in a forward pass is there as often.
+        decisions: per call, the action of each saved value by name.
         copies: moves swapped values.
         counters: what was done is added here.
     """
@@ -59,14 +61,28 @@ class Engine:
     ) -> None:
         refuse_unsupported(model, blocks)
         self.counters = counters if counters is not None else Counters()
+        calls: dict[torch.nn.Module, list[Mapping[str, Action]]] = {}
+        for block, actions in zip(blocks, decisions, strict=True):
+            calls.setdefault(block.module, []).append(actions)
+        names = {block.module: block.name for block in blocks}
         self.blocks = [
-            PlannedBlock(block, actions, copies, self.counters)
-            for block, actions in zip(blocks, decisions, strict=True)
-            if any(action is not Action.KEEP for action in actions.values())
+            PlannedBlock(Block(names[module], module), planned, copies, self.counters)
+            for module, planned in calls.items()
+            if any(action is not Action.KEEP for actions in planned for action in actions.values())
         ]
+        self._repeated = [block for block in self.blocks if len(block.planned) > 1]
+        self._interception = Interception(model, self._begin) if self._repeated else None
+
+    def _begin(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A forward pass begins: blocks that are called several times count their calls anew."""
+        for block in self._repeated:
+            block.num_calls = 0
+        return forward(*args, **kwargs)
 
     def remove(self) -> None:
         """Give every block its own forward back. Graphs already made stay valid."""
+        if self._interception is not None:
+            self._interception.remove()
         while self.blocks:
             self.blocks.pop().interception.remove()
 
@@ -76,11 +92,17 @@ class PlannedBlock:
 
     A call of a new signature is recorded. Two recordings in a row must agree before calls follow the tape without being
     recorded: what only the first call does (filling a cache, say) is no part of the steady state.
+
+    ``planned`` has the decisions for each call in a forward pass. Calls beyond those begin with the first ones again.
     """
 
-    def __init__(self, block: Block, planned: Mapping[str, Action], copies: CopyEngine, counters: Counters) -> None:
+    def __init__(
+        self, block: Block, planned: Sequence[Mapping[str, Action]], copies: CopyEngine, counters: Counters
+    ) -> None:
         self.name, self.module = block
-        self.planned = dict(planned)
+        self.planned = [dict(actions) for actions in planned]
+        self.untouched = {i for i, actions in enumerate(planned) if set(actions.values()) <= {Action.KEEP}}
+        self.num_calls = 0  # since the forward pass began
         self.copies = copies
         self.counters = counters
         self.tapes: dict[Signature, Tape] = {}  # the last recording
@@ -96,8 +118,12 @@ class PlannedBlock:
         """The block's forward, its saved tensors packed by plan."""
         if self.busy or not torch.is_grad_enabled():
             return forward(*args, **kwargs)
+        number = self.num_calls % len(self.planned)
+        self.num_calls += 1
+        if number in self.untouched:
+            return forward(*args, **kwargs)
         leaves = flatten(args, kwargs)
-        key = signature(leaves, kwargs, self.numbers.read())
+        key = (number, *signature(leaves, kwargs, self.numbers.read()))
         self.busy = True
         try:
             if key not in self.courses:
@@ -140,7 +166,7 @@ class PlannedBlock:
         return output
 
     def _record(self, key: Signature, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if key not in self.num_recordings and len(self.num_recordings) >= _MAX_SIGNATURES:
+        if key not in self.num_recordings and len(self.num_recordings) >= _MAX_SIGNATURES * len(self.planned):
             self._forget_oldest()
         recording = record_call(self.module, forward, args, kwargs, self.copies, self.counters)
         self.counters.recorded_calls += 1
@@ -158,7 +184,7 @@ class PlannedBlock:
                 run.keep_all()
                 warnings.warn(f"{self.name} keeps everything it saves: {reason}.", RuntimeWarning, stacklevel=2)
                 return recording.output
-            course = Course(tape, self._resolve(tape))
+            course = Course(tape, self._resolve(tape, key[0]))
             run.follow(course, recording.leaves, self._parameter_of, recording.position)
             run.adopt()
             run.seal()
@@ -193,23 +219,27 @@ class PlannedBlock:
         self.tapes.pop(oldest, None)
         self.courses.pop(oldest, None)
 
-    def _resolve(self, tape: Tape) -> dict[int, Action]:
-        """The planned actions by value. At a block's first recording plan and tape must agree on what is saved; a later
-        signature (another batch size) may save other values, which are kept.
+    def _resolve(self, tape: Tape, call: int) -> dict[int, Action]:
+        """The planned actions by value. At a block's first recording plan and tape must agree on what is saved; another
+        call in the same forward pass (which finds autocast's copies of the weights), or a later signature (another
+        batch size), may save other values, which are kept.
         """
+        planned = self.planned[call]
         allowed = allowed_actions(tape)
         names = {tape.values[v].name: v for v in allowed}
-        made = {name for name, v in names.items() if tape.values[v].origin is Origin.MADE}
-        if not self.tapes and (self.planned.keys() - names.keys() or made - self.planned.keys()):
+        lasting = {slot.value for slot in tape.lasting_slots}
+        made = {name for name, v in names.items() if tape.values[v].origin is Origin.MADE and v in lasting}
+        expected = {name for name, action in planned.items() if tape.prefix is None or action is not Action.KEEP}
+        if not self.tapes and not call and (expected - names.keys() or made - planned.keys()):
             raise PlanMismatch(
                 f"{self.name} saves other values than the plan decides on. Planned, not saved: "
-                f"{_listed(self.planned.keys() - names.keys())}; saved, not planned: "
-                f"{_listed(made - self.planned.keys())}. The plan was made for another model, dtype, attention "
+                f"{_listed(expected - names.keys())}; saved, not planned: "
+                f"{_listed(made - planned.keys())}. The plan was made for another model, dtype, attention "
                 f"implementation, autocast setting or mode (train or eval): plan anew with this one."
             )
         actions: dict[int, Action] = {}
         for name, value in names.items():
-            action = self.planned.get(name, Action.KEEP)
+            action = planned.get(name, Action.KEEP)
             if action not in allowed[value]:
                 action = Action.SWAP if Action.SWAP in allowed[value] else Action.KEEP
             actions[value] = action

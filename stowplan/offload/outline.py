@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,35 +12,69 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from stowplan.core.errors import UnsupportedModel
-from stowplan.offload.arguments import flatten, signature
+from stowplan.offload.arguments import flatten, signature, tensors_in
 from stowplan.offload.block_capture import BlockCapture, capture_block
-from stowplan.offload.blocks import Block
+from stowplan.offload.block_program import Casts, Surroundings
+from stowplan.offload.blocks import Block, likeness
 from stowplan.offload.instruments import Instruments
 from stowplan.offload.intercept import Forward, Interception
 from stowplan.offload.memory_log import Segment
+from stowplan.offload.stand_in import stand_in
 
-__all__ = ["Call", "Moment", "Outline"]
+__all__ = ["EMBEDDING_FORWARD", "END", "Call", "Moment", "Outline", "after", "before", "given_back", "handed_on"]
 
-EMBEDDING_FORWARD, BLOCKS_FORWARD, HEAD = "embedding forward", "blocks forward", "head"
-BLOCKS_BACKWARD, EMBEDDING_BACKWARD, END = "blocks backward", "embedding backward", "end"
+EMBEDDING_FORWARD, END = "embedding forward", "end"
+# Marks the kind of a call whose backward adds to gradients that are there already.
+ADDING = "adding"
+
+
+def before(call: int) -> str:
+    """The mark where call number ``call`` begins."""
+    return f"call {call}"
+
+
+def handed_on(call: int) -> str:
+    """The mark where that call has given its output: what follows is up to the next call, or the head."""
+    return f"output {call}"
+
+
+def given_back(call: int) -> str:
+    """The mark where the gradient of that call's output arrives."""
+    return f"gradient {call}"
+
+
+def after(call: int) -> str:
+    """The mark where its backward is over: what follows is up to the next backward, or to the embedding's end."""
+    return f"backward {call}"
 
 
 @dataclass(slots=True)
 class Call:
-    """One call of a block: which, of what kind, and the storages of its tensor arguments by position."""
+    """One call of a block: which, of what kind, and the storages of its tensor arguments and outputs by position."""
 
     block: int
     kind: Any
     storages: dict[int, StorageWeakRef]
-    output_bytes: int
+    outputs: dict[int, StorageWeakRef]
+    held_outside: set[int] = field(default_factory=set)  # arguments that others still held when backward reached it
+    gradient_strides: tuple[tuple[int, ...], ...] | None = None  # of its outputs, where they are not the outputs' own
+
+    def own_bytes(self, shared: Collection[int], sizes: Mapping[int, int], alive_only: bool = False) -> int:
+        """Bytes of the arguments that are the call's own; ``alive_only``: of those that are still there."""
+        return sum(
+            size
+            for position, size in sizes.items()
+            if position not in shared and not (alive_only and self.storages[position].expired())
+        )
 
 
 @dataclass(slots=True)
 class Moment:
-    """A part of the model outside the blocks, measured."""
+    """A part of the model outside the blocks, measured. ``earlier_bytes``: inputs of calls before that are alive."""
 
     segment: Segment
     seconds: float
+    earlier_bytes: int
 
 
 @dataclass
@@ -55,53 +89,81 @@ class Outline:
     instruments: Instruments
     hold_gradients: bool
     hold_output: bool
+    static: frozenset[int]  # storages that are alive all step: parameters, buffers, the batch
     on_progress: Callable[[str], None]
     captures: dict[Any, BlockCapture] = field(default_factory=dict)
     calls: list[Call] = field(default_factory=list)
     _templates: dict[Any, Any] = field(default_factory=dict)
     _mark: Callable[[str], None] = lambda name: None
-    _num_expected: int = -1
-    _shared: dict[Any, set[int]] = field(default_factory=dict)
+    _shared: list[frozenset[int]] = field(default_factory=list)
+    _strides: list[tuple[tuple[int, ...], ...] | None] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._anchor = torch.zeros((), device=self.instruments.device, requires_grad=True)
 
     def explore(self, forward: Callable[[], Any], loss_of: Callable[[Any], torch.Tensor]) -> None:
-        """Fill ``captures`` and ``calls``. Raises UnsupportedModel if blocks are called twice, or none is called."""
+        """Fill ``captures`` and ``calls``. Raises UnsupportedModel if none of the blocks is called."""
         with self._standing_in():
             self._run(forward, loss_of)
+            self._strides = [call.gradient_strides for call in self.calls]
+            if any(strides is not None for strides in self._strides):  # known only now: once more, with them
+                self.calls = []
+                self._run(forward, loss_of)
         if not self.calls:
             raise UnsupportedModel("the forward pass calls none of the blocks; name those that it calls with blocks=.")
+        self._find_additions()
+        used = {call.kind for call in self.calls}
+        self.captures = {kind: capture for kind, capture in self.captures.items() if kind in used}
+        self._shared = [self.shared_positions(number) for number in range(len(self.calls))]
+
+    def _find_additions(self) -> None:
+        """All but the last call of a block add to gradients that the last one, the first in backward, has made."""
+        met: set[int] = set()
+        for call in reversed(self.calls):
+            again = (*call.kind, ADDING)
+            if call.block in met and again in self.captures:
+                call.kind = again
+            met.add(call.block)
 
     def measure(self, forward: Callable[[], Any], loss_of: Callable[[Any], torch.Tensor]) -> dict[str, Moment]:
-        """Bytes and seconds of the parts outside the blocks, by name."""
+        """Bytes and seconds of the parts outside the blocks, by the marks at which they begin."""
         order = [call.block for call in self.calls]
-        self._shared = self.shared_positions()
         self.calls = []
-        self._num_expected = len(order)
         times: list[float] = []
-        marked: set[str] = set()
+        earlier: list[int] = []
         with self._standing_in(), self.instruments.memory_log() as log:
 
             def mark(name: str) -> None:
-                marked.add(name)
                 times.append(self.instruments.seconds())
+                earlier.append(self._earlier_bytes() if name.startswith("call") else 0)
                 log.mark(name)
 
             self._mark = mark
             self._run(forward, loss_of)
-            for name in (BLOCKS_BACKWARD, EMBEDDING_BACKWARD):
-                if name not in marked:  # frozen blocks, or an output that the loss does not use
-                    mark(name)
             mark(END)
             times.append(times[-1])
+        self._mark = lambda name: None
         if [call.block for call in self.calls] != order:
             raise UnsupportedModel(
                 "the model called its blocks in another order in its second forward pass on the same batch; blocks "
                 "that are skipped at random (layer drop) are not supported yet: turn that off."
             )
+        self._find_additions()
         segments = [segment for segment in log.segments if segment.name != "start"]
         return {
-            segment.name: Moment(segment, (end - start) * self.instruments.scale)
-            for segment, start, end in zip(segments, times, times[1:], strict=False)
+            segment.name: Moment(segment, (end - start) * self.instruments.scale, num_bytes)
+            for segment, start, end, num_bytes in zip(segments, times, times[1:], earlier, strict=False)
         }
+
+    def _earlier_bytes(self) -> int:
+        """Bytes of the calls' own arguments that somebody else keeps until the forward pass ends.
+
+        They count where the call is, not outside: a model's own name for its embeddings is the usual case.
+        """
+        return sum(
+            call.own_bytes(self._shared[number], self.captures[call.kind].input_bytes, alive_only=True)
+            for number, call in enumerate(self.calls)
+        )
 
     def _run(self, forward: Callable[[], Any], loss_of: Callable[[Any], torch.Tensor]) -> None:
         """One forward and backward of the model."""
@@ -131,122 +193,108 @@ class Outline:
 
         return call
 
-    def _call(self, number: int, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        block = self.blocks[number]
-        if any(call.block == number for call in self.calls):
-            raise UnsupportedModel(
-                f"{block.name} is called more than once in a forward pass, which is not supported yet; leave it out of "
-                f"the plan with blocks=."
-            )
-        if not self.calls:
-            self._mark(BLOCKS_FORWARD)
+    def _call(self, block: int, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        module = self.blocks[block].module
+        number = len(self.calls)
+        self._mark(before(number))
         leaves = flatten(args, kwargs)
-        kind = (_likeness(block.module), signature(leaves, kwargs, ()))
+        strides = self._strides[number] if number < len(self._strides) else None
+        kind = (likeness(module), signature(leaves, kwargs, ()), strides)
         if kind not in self.captures:
-            self.on_progress(f"measuring {block.name} ({type(block.module).__name__})")
+            self.on_progress(f"measuring {self.blocks[block].name} ({type(module).__name__})")
             self.captures[kind], self._templates[kind] = capture_block(
-                block.module, forward, args, kwargs, self.hold_gradients, self.instruments
+                module, forward, args, kwargs, self.hold_gradients, self.instruments, strides
             )
+        again = (*kind, ADDING)
+        repeated = any(call.block == block for call in self.calls)
+        if repeated and not self.hold_gradients and again not in self.captures:
+            with _zero_gradients(module):
+                self.captures[again], _ = capture_block(module, forward, args, kwargs, True, self.instruments, strides)
         tensors = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)}
         storages = {i: StorageWeakRef(tensor.untyped_storage()) for i, tensor in tensors.items()}
-        first, last = not self.calls, len(self.calls) + 1 == self._num_expected
-        marks = [name for name, due in ((BLOCKS_BACKWARD, last), (EMBEDDING_BACKWARD, first)) if due]
+        call = Call(block, kind, storages, {})
         # A block's graph keeps the shared arguments that it saves (masks, rotary tables); so must what stands for it.
-        held = [tensors[position] for position in self._held_positions(kind) if position in tensors]
+        shared = self._shared[number] if number < len(self._shared) else frozenset()
+        held = [tensors[position] for position in shared & self._saved_positions(kind)]
 
-        def on_backward() -> None:
+        def on_backward(gradients: Sequence[torch.Tensor]) -> None:
+            self._mark(given_back(number))
+            if any(g.stride() != out.stride() for g, out in zip(gradients, outputs, strict=True)):
+                call.gradient_strides = tuple(g.stride() for g in gradients)
             held.clear()
-            for name in marks:
-                self._mark(name)
+            call.held_outside = {p for p, storage in storages.items() if not storage.expired()}
+            self._mark(after(number))
 
-        output = _stand_in(self._templates[kind], list(tensors.values()), self.instruments, on_backward)
-        self.calls.append(Call(number, kind, storages, self.captures[kind].output_gradient_bytes))
-        if last:
-            self._mark(HEAD)
+        outputs = [tensor for tensor in tensors_in(self._templates[kind]) if tensor.requires_grad]
+        output = stand_in(self._templates[kind], leaves, self._anchor, on_backward)
+        call.outputs = {i: StorageWeakRef(t.untyped_storage()) for i, t in enumerate(tensors_in(output))}
+        self.calls.append(call)
+        self._mark(handed_on(number))
         return output
 
-    def shared_positions(self) -> dict[Any, set[int]]:
-        """Per kind of block, the arguments (by position) whose storage some other call was given as well."""
-        num_calls = Counter(key for call in self.calls for key in {s.cdata for s in call.storages.values()})
-        return {
-            call.kind: {position for position, storage in call.storages.items() if num_calls[storage.cdata] > 1}
-            for call in self.calls
+    def surroundings(self, number: int) -> Surroundings:
+        """What the rest of the model does with a call's inputs and outputs."""
+        call, kinds = self.calls[number], [other.kind for other in self.calls]
+        kept = {
+            other.storages[position].cdata
+            for other in self.calls
+            for position in self._saved_positions(other.kind) & other.storages.keys()
         }
+        shared = self.shared_positions(number)
+        loose = {
+            position
+            for position in shared - call.held_outside
+            if call.storages[position].cdata not in kept | self.static
+        }
+        taken = {
+            other.storages[position].cdata
+            for other, positions in zip(self.calls, map(self.shared_positions, range(len(kinds))), strict=True)
+            for position in positions
+        }
+        made = self.captures[call.kind].output_values
+        held_outputs = {i for i, storage in call.outputs.items() if i in made and storage.cdata in taken}
+        casts = Casts.OWN
+        if any(other.block == call.block for other in self.calls[:number]):
+            casts = Casts.THERE
+        elif any(other.block == call.block for other in self.calls[number + 1 :]):
+            casts = Casts.SHARED
+        return Surroundings(shared, frozenset(loose), frozenset(held_outputs), casts)
 
-    def _held_positions(self, kind: Any) -> set[int]:
+    def shared_positions(self, number: int) -> frozenset[int]:
+        """The arguments of a call (by position) that are no values of its own, because they are alive whatever it does.
+
+        Other calls were given the same storage, the call that made it saves it, what is outside the blocks holds it
+        until backward, or it is there all step.
+        """
+        call = self.calls[number]
+        givers = Counter(key for other in self.calls for key in {s.cdata for s in other.storages.values()})
+        saved = {
+            other.outputs[position].cdata
+            for other in self.calls
+            for position in self.captures[other.kind].saved_outputs
+        }
+        return frozenset(
+            position
+            for position, storage in call.storages.items()
+            if givers[storage.cdata] > 1
+            or storage.cdata in saved
+            or storage.cdata in self.static
+            or position in call.held_outside
+        )
+
+    def _saved_positions(self, kind: Any) -> set[int]:
         tape = self.captures[kind].tape
-        saved = {tape.values[slot.value].position for slot in tape.slots}
-        return saved & self._shared.get(kind, set())
+        return {tape.values[slot.value].position for slot in tape.slots}
 
 
-class _StandIn(torch.autograd.Function):
-    """Makes a block's outputs out of nothing, and its inputs' gradients out of its outputs' gradients."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, on_backward: Callable[[], object], outputs: list[torch.Tensor], *inputs: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
-        ctx.on_backward = on_backward
-        ctx.shapes = [(t.shape, t.dtype, t.device) if t.requires_grad else None for t in inputs]
-        return tuple(outputs)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        ctx.on_backward()
-        by_shape = {(g.shape, g.dtype, g.device): g for g in gradients}
-        return None, None, *(None if shape is None else _gradient(shape, by_shape) for shape in ctx.shapes)
-
-
-def _gradient(shape: tuple[Any, ...], by_shape: dict[Any, torch.Tensor]) -> torch.Tensor:
-    size, dtype, device = shape
-    return by_shape[shape] if shape in by_shape else torch.zeros(size, dtype=dtype, device=device)
-
-
-def _stand_in(
-    template: Any, inputs: list[torch.Tensor], instruments: Instruments, on_backward: Callable[[], object]
-) -> Any:
-    """Outputs like ``template`` (tensors on the meta device), joined to ``inputs`` in the graph."""
-    tensors = [leaf for leaf in flatten((template,), {}) if isinstance(leaf, torch.Tensor)]
-    shapes = [tensor for tensor in tensors if tensor.requires_grad]
-    anchor = torch.zeros((), device=instruments.device, requires_grad=True)
-    made = [_filled(shape, instruments) for shape in shapes]
-    outputs = iter(_StandIn.apply(on_backward, made, anchor, *inputs))  # type: ignore[no-untyped-call]
-    plain = (_filled(tensor, instruments) for tensor in tensors if not tensor.requires_grad)
-    return _rebuild(template, outputs, plain)
-
-
-def _filled(shape: torch.Tensor, instruments: Instruments) -> torch.Tensor:
-    tensor = torch.empty_strided(shape.shape, shape.stride(), dtype=shape.dtype, device=instruments.device)
-    if instruments.dry:
-        return tensor  # what a block gives is not known
-    return tensor.fill_(0.01) if tensor.is_floating_point() else tensor.zero_()
-
-
-def _rebuild(tree: Any, outputs: Iterator[torch.Tensor], plain: Iterator[torch.Tensor]) -> Any:
-    if isinstance(tree, torch.Tensor):
-        return next(outputs) if tree.requires_grad else next(plain)
-    if isinstance(tree, tuple | list):
-        return type(tree)([_rebuild(item, outputs, plain) for item in tree])
-    if isinstance(tree, dict):
-        return {key: _rebuild(item, outputs, plain) for key, item in tree.items()}
-    return tree
-
-
-_POSITION_NAMES = frozenset({"layer_idx", "layer_id", "layer_number", "layer_index", "block_idx", "idx", "index"})
-
-
-def _likeness(module: torch.nn.Module) -> tuple[Any, ...]:
-    """What blocks must have in common to count as doing the same: classes, parameters, numbers; not their position.
-
-    It serves planning alone: the engine records and proves every block by itself.
-    """
-    parts: list[Any] = []
-    for name, child in module.named_modules():
-        own = [(n, tuple(p.shape), p.dtype, p.requires_grad) for n, p in child.named_parameters(recurse=False)]
-        numbers = [
-            (key, value)
-            for key, value in child.__dict__.items()
-            if isinstance(value, bool | int | float | str) and key not in _POSITION_NAMES
-        ]
-        parts.append((name, type(child), tuple(own), tuple(sorted(numbers))))
-    return tuple(parts)
+@contextmanager
+def _zero_gradients(module: torch.nn.Module) -> Iterator[None]:
+    """The gradients of a backward before: zeros while this is open, none afterwards."""
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.grad = None

@@ -6,6 +6,7 @@ import torch
 
 from stowplan.core.plan import Plan
 from stowplan.offload.measure import Meter
+from stowplan.offload.tape.rules import allow_replay
 from stowplan.offload.tape.run import Counters
 from stowplan.reports import text
 from stowplan.session.applying import AppliedPlan, applied, apply
@@ -17,6 +18,7 @@ __all__ = [
     "FORWARD_NOTE",
     "AppliedPlan",
     "Meter",
+    "allow_replay",
     "applied",
     "apply",
     "dry",

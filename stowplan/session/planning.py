@@ -61,7 +61,8 @@ def plan(
         optimizer: its states and its step count towards the budget.
         loss_fn: ``loss_fn(output, batch)`` gives the loss; default: the output's ``loss``, or a scalar output.
         hardware: a description or a preset's name, of a machine that need not be there; default: measured here.
-        blocks: the blocks' container by dotted name, or the modules; default: the largest stack of like modules.
+        blocks: the blocks' container by dotted name, several such names, or the modules; default: all stacks of like
+            modules but small ones of another kind than the largest.
         solver: a PuLP solver by name.
         time_limit_seconds: for solving; capture comes on top.
         hold_gradients: gradients stay allocated between steps (accumulation, ``zero_grad(set_to_none=False)``).

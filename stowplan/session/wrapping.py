@@ -136,6 +136,9 @@ def _unwrap(model: torch.nn.Module) -> None:
 def _wrapper_of(model: torch.nn.Module) -> _Wrapper | None:
     """The wrapper in front of the model's forward. It is found there and kept nowhere else, so that it goes with it."""
     forward = model.__dict__.get("forward")
-    handler = forward.handler if isinstance(forward, Interception) else None
-    owner = getattr(handler, "__self__", None)
-    return owner if isinstance(owner, _Wrapper) else None
+    while isinstance(forward, Interception):
+        owner = getattr(forward.handler, "__self__", None)
+        if isinstance(owner, _Wrapper):
+            return owner
+        forward = forward.replaced
+    return None

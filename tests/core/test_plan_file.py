@@ -118,6 +118,11 @@ def _drop(*keys: str | int) -> Callable[[Document], None]:
     return damage
 
 
+def _gaps(*blocks: int) -> list[Document]:
+    nothing = {"seconds": 0, "peak_bytes": 0, "left_bytes": 0}
+    return [{"block": block, "forward": nothing, "backward": nothing} for block in blocks]
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -128,6 +133,9 @@ def _drop(*keys: str | int) -> Callable[[Document], None]:
         (_set("step", "block_names", to=["a"]), "$.step.block_names: 1 names of 9 blocks"),
         (_set("step", "blocks", 4, to=7), "$.step.blocks[4]: 7 is not between 0 and 0"),
         (_set("step", "blocks", 4, to=-1), "$.step.blocks[4]: -1 is not between 0 and 0"),
+        (_set("step", "gaps", to=_gaps(0)), "$.step.gaps[0].block: 0 is not between 1 and 8"),
+        (_set("step", "gaps", to=_gaps(9)), "$.step.gaps[0].block: 9 is not between 1 and 8"),
+        (_set("step", "gaps", to=_gaps(3, 3)), "$.step.gaps[1].block: 3 is not between 4 and 8"),
         (_set("step", "programs", 0, "ops", 1, "inputs", 0, to=99), "$.step.programs[0].ops[1].inputs[0]: 99 is not"),
         (_set("step", "programs", 0, "values", 1, "producer", to=4), "$.step.programs[0].values[1].producer: 4 is not"),
         (_set("step", "programs", 0, "values", 1, "name", to="q"), "$.step.programs[0].values: two saved values have"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2Model, T5Config, T5Model
+from transformers import ConvNextConfig, ConvNextModel, GPT2Config, GPT2Model, T5Config, T5Model
 
 from stowplan.core.errors import InvalidArgument, UnsupportedModel
 from stowplan.offload.blocks import Block, find_blocks, refuse_unsupported
@@ -25,10 +25,13 @@ def names(blocks: list[Block]) -> list[str]:
     return [block.name for block in blocks]
 
 
-def test_the_stack_with_most_parameters_is_found() -> None:
+ENCODER, DECODER = [f"encoder.{i}" for i in range(5)], ["decoder.0", "decoder.2", "decoder.3"]
+
+
+def test_all_stacks_are_found() -> None:
     model = TwoStacks()
     found = find_blocks(model)
-    assert names(found) == ["decoder.0", "decoder.2", "decoder.3"]
+    assert names(found) == ENCODER + DECODER
     assert all(model.get_submodule(name) is module for name, module in found)
 
 
@@ -36,7 +39,8 @@ def test_blocks_of_real_models() -> None:
     gpt2 = GPT2Model(GPT2Config(vocab_size=8, n_positions=8, n_embd=8, n_layer=3, n_head=2))
     assert names(find_blocks(gpt2)) == ["h.0", "h.1", "h.2"]
     t5 = T5Model(T5Config(vocab_size=8, d_model=8, d_kv=4, d_ff=16, num_layers=2, num_decoder_layers=3, num_heads=2))
-    assert names(find_blocks(t5)) == ["decoder.block.0", "decoder.block.1", "decoder.block.2"]
+    encoder, decoder = [f"encoder.block.{i}" for i in range(2)], [f"decoder.block.{i}" for i in range(3)]
+    assert names(find_blocks(t5)) == encoder + decoder
     assert names(find_blocks(t5, "encoder.block")) == ["encoder.block.0", "encoder.block.1"]
 
 
@@ -50,8 +54,34 @@ def test_a_stack_inside_a_block_is_smaller_than_the_stack_of_blocks() -> None:
     assert names(find_blocks(model)) == ["0", "1", "2"]
 
 
-def test_by_the_name_of_the_container() -> None:
-    assert names(find_blocks(TwoStacks(), "encoder")) == [f"encoder.{i}" for i in range(5)]
+def test_the_layers_of_stages_not_the_stages() -> None:
+    """Stages differ in width, so that they are no stack; of each stage all layers are blocks, and nothing in them."""
+    model = ConvNextModel(ConvNextConfig(hidden_sizes=[8, 16, 32], depths=[2, 3, 2], num_stages=3))
+    layers = [f"encoder.stages.{stage}.layers.{i}" for stage, depth in enumerate([2, 3, 2]) for i in range(depth)]
+    assert names(find_blocks(model)) == layers
+
+
+def test_blocks_of_other_kinds_belong_to_the_stack_they_are_in() -> None:
+    class Other(nn.Sequential):
+        pass
+
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(4, 4), Other(nn.Linear(4, 2)), nn.Linear(4, 4)])})
+    assert names(find_blocks(model)) == ["layers.0", "layers.1", "layers.2"]
+
+
+def test_small_stacks_of_another_kind_are_left_out() -> None:
+    model = nn.ModuleDict(
+        {
+            "layers": nn.ModuleList(nn.TransformerEncoderLayer(16, 2, 32) for _ in range(4)),
+            "head": nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)),
+        }
+    )
+    assert names(find_blocks(model)) == [f"layers.{i}" for i in range(4)]
+
+
+def test_by_the_names_of_the_containers() -> None:
+    assert names(find_blocks(TwoStacks(), "encoder")) == ENCODER
+    assert names(find_blocks(TwoStacks(), ["encoder", "heads"])) == [*ENCODER, "heads.0", "heads.1"]
     assert names(find_blocks(TwoStacks(), "heads")) == ["heads.0", "heads.1"]
 
 

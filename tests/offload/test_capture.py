@@ -198,10 +198,9 @@ def test_blocks_in_any_order_and_blocks_left_out() -> None:
     assert plan.step.block_names == ("blocks.2", "blocks.0")
 
 
-@pytest.mark.parametrize(("order", "message"), [([0, 1, 0], "more than once"), ([], "none of the blocks")])
-def test_odd_stacks_are_refused(order: list[int], message: str) -> None:
-    model = Skipping(order)
-    with pytest.raises(UnsupportedModel, match=message):
+def test_a_stack_that_is_not_called_is_refused() -> None:
+    model = Skipping([])
+    with pytest.raises(UnsupportedModel, match="none of the blocks"):
         session.plan(model, torch.randn(4, 8, requires_grad=True), budget="1GiB")
     assert all("forward" not in module.__dict__ for module in model.modules())
 

@@ -312,17 +312,47 @@ def test_what_the_first_call_makes_for_all_later_ones(policy: str) -> None:
 
 
 def _picks_rows(block: Any, x: torch.Tensor) -> torch.Tensor:
-    hidden = block.first(x)
+    hidden = block.first(x).tanh()
     picked = (hidden.sum(-1) > 0).nonzero()[:, 0]
     return x.index_add(0, picked, block.second(hidden[picked].sin()))
 
 
 @all_policies
-def test_shapes_that_depend_on_data_are_kept_with_a_warning(policy: str) -> None:
-    plain_model = stack(_picks_rows)
+def test_what_comes_before_an_op_that_depends_on_data_is_planned(policy: str) -> None:
+    """As many rows are picked as the data has it, another number at every step; what comes after is kept."""
+    numbers: set[int] = set()
+
+    def train(model: Any) -> Tensors:
+        found = []
+        for step in range(2 * NUM_STEPS):
+            model.zero_grad()
+            x = rows() + (step - NUM_STEPS) / 4
+            numbers.add(int((model.blocks[0].first(x).tanh().sum(-1) > 0).sum()))
+            model(x).square().mean().backward()
+            found += gradients(model)
+        return found
+
+    planned = assert_exact(lambda: stack(_picks_rows), train, policy, call_toy)
+    assert len(numbers) > 2
+    assert {action for actions in planned.decisions for action in actions.values()} >= set(POLICIES[policy])
+    counters = planned.engine.counters
+    assert counters.recorded_calls == 3 * NUM_RECORDINGS
+    assert counters.departures == 0
+    assert counters.steady_calls == 3 * (2 * NUM_STEPS - NUM_RECORDINGS)
+    assert counters.swapped_bytes + counters.recomputed_bytes > 0
+
+
+def _depends_at_once(block: Any, x: torch.Tensor) -> torch.Tensor:
+    picked = (x.detach().sum(-1) > 0).nonzero()[:, 0]
+    return x.index_add(0, picked, block.second(block.first(x[picked]).sin()))
+
+
+@all_policies
+def test_a_block_that_depends_on_data_from_its_start_is_kept_with_a_warning(policy: str) -> None:
+    plain_model = stack(_depends_at_once)
     torch.manual_seed(1)
     expected = train_toy(plain_model)
-    model = stack(_picks_rows)
+    model = stack(_depends_at_once)
     slab = HostSlab(SLAB_BYTES)
     names = block_names(model)
     decisions = [{"anything": POLICIES[policy][0]}] * 3

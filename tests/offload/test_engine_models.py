@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import types
 from collections.abc import Sequence
 from typing import Any
@@ -10,8 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
+from transformers.modeling_outputs import BaseModelOutput
 
+import stowplan
 from stowplan.core.program import Action
+from stowplan.offload.arguments import flatten, map_tree
 from stowplan.offload.blocks import Block
 from stowplan.offload.copies import PlainCopies
 from stowplan.offload.engine import Engine
@@ -188,3 +192,74 @@ def _decide_outer(model: Any, outer: Sequence[str], inner: Sequence[str], policy
             module,
         )
     return decide(twin, outer, policy, call_toy)
+
+
+@dataclasses.dataclass
+class Halves:
+    """What a block may give: tensors in a dataclass, one of them nested."""
+
+    left: torch.Tensor
+    rest: dict[str, torch.Tensor]
+
+
+class TakesAndGivesRecords(nn.Module):
+    """Given a dataclass, gives a ModelOutput, which the next one is given as a dataclass again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, halves: Halves, scale: float = 2.0) -> BaseModelOutput:
+        left = torch.tanh(self.first(halves.left)) * scale
+        return BaseModelOutput(last_hidden_state=left, hidden_states=(self.second(left).sin() + halves.rest["right"],))
+
+
+class OfRecords(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(TakesAndGivesRecords() for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        halves = Halves(x, {"right": x.cos()})
+        for block in self.blocks:
+            output = block(halves)
+            halves = Halves(output.last_hidden_state, {"right": output.hidden_states[0]})
+        return halves.left + halves.rest["right"]
+
+
+@all_policies
+def test_blocks_that_take_and_give_records(policy: str) -> None:
+    def make() -> Any:
+        torch.manual_seed(0)
+        return OfRecords()
+
+    planned = assert_exact(make, train_toy, policy, call_toy)
+    assert any(name.startswith("halves.left") for name in planned.decisions[1])
+
+
+def test_records_are_captured() -> None:
+    """The parts outside the blocks find the same records, and the inputs in them are planned."""
+    torch.manual_seed(0)
+    model, batch = OfRecords(), torch.randn(4, WIDTH)
+    plan = stowplan.plan(model, batch, budget="1GiB", loss_fn=lambda output, batch: output.square().sum())
+    saved = [[value.name for value in p.values if value.saved] for p in plan.step.programs]
+    assert all("first.tanh" in names or "tanh" in names for names in saved)
+    model(batch).square().sum().backward()
+    expected = gradients(model)
+    with stowplan.apply(stowplan.replan(plan, budget=plan.least_budget_bytes), model):
+        for _ in range(NUM_STEPS):
+            model.zero_grad()
+            model(batch).square().sum().backward()
+            assert_same(gradients(model), expected)
+
+
+def test_records_are_copied_only_where_they_change() -> None:
+    frozen = dataclasses.make_dataclass("Frozen", ["x", "y"], frozen=True)(torch.ones(2), "kept")
+    tree = {"a": [frozen, (1, 2)], "b": BaseModelOutput(last_hidden_state=torch.ones(2))}
+    assert map_tree(tree, lambda leaf: leaf) is tree
+    doubled = map_tree(tree, lambda leaf: leaf * 2 if isinstance(leaf, torch.Tensor) else leaf)
+    assert isinstance(doubled["b"], BaseModelOutput)
+    assert doubled["b"].last_hidden_state.tolist() == doubled["a"][0].x.tolist() == [2, 2]
+    assert tree["b"].last_hidden_state.tolist() == frozen.x.tolist() == [1, 1]
+    assert doubled["a"][1] is tree["a"][1]
+    assert len(flatten((tree,), {})) == 5

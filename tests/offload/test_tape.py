@@ -110,7 +110,7 @@ def _buffer_made_in_forward(block: Any, x: torch.Tensor) -> torch.Tensor:
     ("body", "reason"),
     [
         (lambda block, x: x * float(x.detach().sum()), "depends on data"),
-        (lambda block, x: x[x.detach() > 0].exp(), "depends on data"),
+        (lambda block, x: x * x.detach().nonzero().sum(), "depends on data"),
         (_buffer_made_in_forward, "table was made by this very call"),
     ],
 )
@@ -119,6 +119,21 @@ def test_what_a_later_call_may_do_otherwise_is_not_steady(body: Body, reason: st
     assert not tape.steady
     assert reason in tape.unsteady_reason
     assert all(actions == (Action.KEEP,) for actions in allowed_actions(tape).values())
+
+
+def test_what_comes_before_an_op_that_depends_on_data_is_steady() -> None:
+    tape, _ = record(lambda block, x: x.exp().sin()[x.detach() > 0].cos())
+    assert tape.steady
+    assert tape.prefix is not None
+    assert tape.prefix.reason == "index depends on data"
+    assert [op.replayable for op in tape.ops] == [k < tape.prefix.num_ops for k in range(len(tape.ops))]
+    actions = {tape.values[value].name: allowed for value, allowed in allowed_actions(tape).items()}
+    assert actions["exp"] == (Action.KEEP, Action.SWAP, Action.RECOMPUTE)
+    assert actions["index"] == (Action.KEEP,)
+    again, _ = record(lambda block, x: x.exp().sin()[x.detach() > 0].cos())
+    assert tape.does_the_same(again)
+    other, _ = record(lambda block, x: x.exp().cos()[x.detach() > 0].cos())
+    assert not tape.does_the_same(other)
 
 
 def test_indexing_by_numbers_is_steady() -> None:

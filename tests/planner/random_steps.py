@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from stowplan.core.hardware import Hardware
 from stowplan.core.plan import Decisions
-from stowplan.core.program import Action, BlockProgram, Op, Phase, StepProgram, Value
+from stowplan.core.program import Action, BlockProgram, Gap, Op, Phase, StepProgram, Value
 from stowplan.planner.activations import Problem
 
 KEEP, SWAP, RECOMPUTE = Action.KEEP, Action.SWAP, Action.RECOMPUTE
@@ -91,6 +91,11 @@ def problems(draw: st.DrawFn, most_blocks: int = 6, most_saved: int = 6) -> Prob
         head=phase(),
         embedding_backward=phase(),
         optimizer_step=phase(),
+        gaps=tuple(
+            Gap(block=block, forward=phase(), backward=phase())
+            for block in range(1, len(blocks))
+            if draw(st.integers(0, 3)) == 0
+        ),
     )
     hardware = Hardware(
         name="test",

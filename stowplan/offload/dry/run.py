@@ -134,7 +134,7 @@ class DryRun:
     def _run_for_real(
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[float, float]:
-        from stowplan.offload.block_capture import measure_seconds
+        from stowplan.offload.block_capture import graph_end, measure_seconds
         from stowplan.offload.instruments import RealInstruments
 
         assert self._real_device is not None
@@ -147,7 +147,7 @@ class DryRun:
             torch.clear_autocast_cache()
             return twin(*real_args, **real_kwargs)
 
-        runs = [measure_seconds(call, twin, instruments, False) for _ in range(1 + _NUM_TIMED_RUNS)][1:]
+        runs = [measure_seconds(call, graph_end, twin, instruments, False) for _ in range(1 + _NUM_TIMED_RUNS)][1:]
         return statistics.median(run[0] for run in runs), statistics.median(run[1] for run in runs)
 
     def _made_real(self, fake: torch.Tensor) -> torch.Tensor:

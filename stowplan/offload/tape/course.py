@@ -45,7 +45,9 @@ class Course:
         self.tape = tape
         self.actions = dict(actions)
         self.targets = tuple(v for v, action in actions.items() if action is Action.RECOMPUTE)
-        self._available = {v for v, action in actions.items() if action is not Action.RECOMPUTE}
+        self.open_ended = tape.prefix is not None  # more tensors may be saved than ``slots``, and are kept
+        lasting = {slot.value for slot in tape.lasting_slots}
+        self._available = {v for v, action in actions.items() if action is not Action.RECOMPUTE and v in lasting}
         ops, sources = tape.closure(self.targets, self._available)
         self.sources = frozenset(sources)
         self.random = random_devices(tape) if any(tape.ops[k].random for k in ops) else ()
@@ -60,7 +62,7 @@ class Course:
                 slot.geometry.size,
                 slot.geometry.stride,
             )
-            for slot in tape.slots
+            for slot in tape.lasting_slots
         )
         values = tape.values
         self.inputs = tuple(
@@ -68,7 +70,7 @@ class Course:
         )
         self.parameters = tuple((v, values[v].parameter) for v in sources if values[v].origin is Origin.PARAMETER)
         self._geometries = {v: values[v].geometry for v in sources}
-        for slot in reversed(tape.slots):  # a source that was saved is held as its first slot saw it
+        for slot in reversed(tape.lasting_slots):  # a source that was saved is held as its first slot saw it
             if slot.value in actions:
                 self._geometries[slot.value] = slot.geometry
         self._replays: dict[tuple[int, ...], Replay] = {}
@@ -84,15 +86,18 @@ def allowed_actions(tape: Tape) -> dict[int, tuple[Action, ...]]:
     """What may be done with each saved value, parameters left out.
 
     Swapping and recomputing bring back the last version of a value, so a value that was saved before its last write
-    is kept, as is what somebody else keeps alive anyway and what the block reached from outside.
+    is kept, as is what somebody else keeps alive anyway, what the block reached from outside, and what is saved where
+    calls differ.
     """
     recomputable = tape.recomputable() if tape.steady else set()
+    passing = tape.passing_values
     allowed: dict[int, tuple[Action, ...]] = {}
     for value in tape.saved_versions():
         v = tape.values[value]
         if v.origin is Origin.PARAMETER:
             continue
-        movable = tape.steady and tape.saved_final(value) and not v.pinned and v.origin is not Origin.OUTSIDE
+        free = not v.pinned and v.origin is not Origin.OUTSIDE and value not in passing
+        movable = tape.steady and tape.saved_final(value) and free
         allowed[value] = (
             Action.KEEP,
             *((Action.SWAP,) if movable else ()),

@@ -14,6 +14,7 @@ import torch
 
 from stowplan.offload.tape.replay import advance, below_autograd, view_of
 from stowplan.offload.tape.rng import Position, rewound
+from stowplan.offload.tape.rules import PURE
 from stowplan.offload.tape.tape import Ref, Tape, TapeOp, map_refs
 
 __all__ = ["prove"]
@@ -84,7 +85,7 @@ def _take_results(
         env[value, 0] = results[position]
     for value, version in op.writes:
         env[value, version] = env.pop((value, version - 1))
-    unset = {value for position, value in op.makes if not op.random and _result_name(op, position) in _UNSET}
+    unset = {value for position, value in op.makes if not op.random and _is_unset(op, position)}
     for value, version in (*((value, 0) for _, value in op.makes), *op.writes):
         if value in unset:
             continue
@@ -97,9 +98,11 @@ def _take_results(
             )
 
 
-def _result_name(op: TapeOp, position: int) -> str:
-    returns = op.func._schema.returns
-    return returns[position].name if position < len(returns) else ""
+def _is_unset(op: TapeOp, position: int) -> bool:
+    """Is that result memory which nothing fills?"""
+    schema = op.func._schema
+    name = schema.returns[position].name if position < len(schema.returns) else ""
+    return name in _UNSET or position in PURE.get(schema.name, ())
 
 
 def _is_over(tape: Tape, key: tuple[int, int]) -> bool:

@@ -88,6 +88,10 @@ class Recorder(TorchDispatchMode):
         self.tape.slots.append(slot)
         return slot
 
+    def value_of(self, tensor: torch.Tensor) -> int | None:
+        """The value that is the tensor's storage; None if the block has not met it."""
+        return self._values.get(_storage_key(tensor))
+
     def alive(self) -> set[int]:
         """Values whose storages are still alive."""
         return {value for value, pin in enumerate(self._pins) if not pin.expired()}
@@ -102,6 +106,8 @@ class Recorder(TorchDispatchMode):
             given = met.origin is Origin.INPUT or met.parameter in dict(self._block.named_parameters())
             if given and met.last_version > 0:
                 self.tape.forbid_steady(f"it changes {met.name!r} in place")
+        if self.tape.prefix is not None and not self.tape.prefix.num_slots:
+            self.tape.forbid_steady(self.tape.prefix.reason)
         self._values.clear()
         self._pins.clear()
         return self.tape
@@ -123,7 +129,7 @@ class Recorder(TorchDispatchMode):
     def _record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         rules = rules_of(func)
         if rules.data_dependent and not _indexes_by_numbers(func, args):
-            self.tape.forbid_steady(f"{rules.name} depends on data")
+            self.tape.end_prefix(f"{rules.name} depends on data")
         reads: list[tuple[int, int]] = []
 
         def read(tensor: torch.Tensor) -> Ref:
@@ -147,7 +153,9 @@ class Recorder(TorchDispatchMode):
             module=self._stack[-1],
             reads=tuple(reads),
             random=random,
-            replayable=rules.replayable and (not random or (self._can_rewind and advances_by_shape(func, kwargs))),
+            replayable=rules.replayable
+            and self.tape.prefix is None
+            and (not random or (self._can_rewind and advances_by_shape(func, kwargs))),
             flops=_flops(func, args, kwargs, result),
         )
         self._can_rewind &= not random or advances_by_shape(func, kwargs)

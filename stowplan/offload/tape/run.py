@@ -103,7 +103,7 @@ class Run:
         self.counters = counters
         self.slots: Iterator[SlotCourse] = iter(())  # those to come
         self.cells: dict[int, Cell] = {}
-        self.departing: dict[int, torch.Tensor] = {}  # to be copied to the host when the block is over
+        self.departing: dict[int, tuple[torch.Tensor, int]] = {}  # to be copied to the host when the block is over
         self.sources: dict[int, torch.Tensor | HostCopy] = {}
         self.versions: list[tuple[torch.Tensor, int, int]] = []
         self.waiting: list[weakref.ref[Cell]] = []
@@ -139,11 +139,14 @@ class Run:
         """
         course, cells, departing = self.course, self.cells, self.departing
         slots = self.slots = iter(course.slots)
+        open_ended = course.open_ended
 
         def pack(tensor: torch.Tensor) -> Any:
             try:
                 fate, outlives, source, value, geometry, dtype, size, stride = next(slots)
             except StopIteration:
+                if open_ended:
+                    return tensor.detach(), tensor._version
                 raise Departure(f"more than {len(course.slots)} saved tensors") from None
             if fate is _KEEP and not source:  # whatever it is, it is kept
                 if outlives:
@@ -163,7 +166,7 @@ class Run:
             if cell is None:
                 cell = cells[value] = Cell(self, value)
                 if fate is _SWAP:
-                    departing[value] = tensor.detach()
+                    departing[value] = tensor.detach(), tensor._version
                 elif value == self.sampled:
                     self.sample = _few_elements(tensor)
             return cell, geometry
@@ -192,7 +195,7 @@ class Run:
                 cell.run = None
                 continue
             if action is Action.SWAP:
-                self.departing[value] = cell.tensor
+                self.departing[value] = cell.tensor, cell.tensor._version
             cell.tensor, cell.version = None, None
 
     def keep_all(self) -> None:
@@ -212,7 +215,9 @@ class Run:
         if next(self.slots, None) is not None:
             raise Departure(f"fewer than {len(self.course.slots)} saved tensors")
         for value in list(self.departing):
-            tensor = self.departing.pop(value)
+            tensor, version = self.departing.pop(value)
+            if tensor._version != version:
+                raise Departure(f"{self.course.tape.values[value].name} is changed in place after it was saved")
             host = self.cells[value].host = HostCopy(self.copies, tensor)
             self.counters.swapped_bytes += tensor.untyped_storage().nbytes()
             if value in self.course.sources:

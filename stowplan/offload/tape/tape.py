@@ -7,7 +7,7 @@ is in single-assignment form. Nothing here holds the block's data, save constant
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ import torch
 
 from stowplan.offload.tape.rules import rules_of
 
-__all__ = ["Geometry", "Origin", "Ref", "Slot", "Tape", "TapeOp", "TapeValue", "map_refs"]
+__all__ = ["Geometry", "Origin", "Prefix", "Ref", "Slot", "Tape", "TapeOp", "TapeValue", "map_refs"]
 
 
 class Origin(Enum):
@@ -97,19 +97,59 @@ class TapeValue:
         return len(self.writers) - 1
 
 
+class Prefix(NamedTuple):
+    """How much of a tape there was when an op came whose results depend on data. ``reason`` says which."""
+
+    num_ops: int
+    num_values: int
+    num_slots: int
+    reason: str
+
+
 @dataclass(slots=True)
 class Tape:
-    """What one block did. ``steady`` is False where a later call of the same signature may do something else."""
+    """What one block did. ``steady`` is False where a later call of the same signature may do something else.
+
+    With a ``prefix``, only so much of the tape is what every call does, and the rest is the recorded call's own: values
+    that are saved in the rest are kept, and nothing of the rest is replayed.
+    """
 
     ops: list[TapeOp] = field(default_factory=list)
     values: list[TapeValue] = field(default_factory=list)
     slots: list[Slot] = field(default_factory=list)
     steady: bool = True
     unsteady_reason: str = ""
+    prefix: Prefix | None = None
 
     def does_the_same(self, other: Tape) -> bool:
         """Are ops, values and slots the same? What was found out about them since does not count."""
-        return (self.ops, self.values, self.slots, self.steady) == (other.ops, other.values, other.slots, other.steady)
+        return (self.steady, self.prefix) == (other.steady, other.prefix) and self._lasting() == other._lasting()
+
+    def _lasting(self) -> tuple[object, ...]:
+        """What all calls have in common."""
+        if self.prefix is None:
+            return self.ops, self.values, self.slots
+        num_ops, num_values, num_slots, _ = self.prefix
+        values = [
+            replace(value, writers=[op for op in value.writers if op is None or op < num_ops], opaque=False)
+            for value in self.values[:num_values]
+        ]
+        return self.ops[:num_ops], values, self.slots[:num_slots]
+
+    @property
+    def lasting_slots(self) -> list[Slot]:
+        """The slots that every call has."""
+        return self.slots if self.prefix is None else self.slots[: self.prefix.num_slots]
+
+    @property
+    def passing_values(self) -> set[int]:
+        """Values that are saved where calls differ: they are kept."""
+        return {slot.value for slot in self.slots[len(self.lasting_slots) :]}
+
+    def end_prefix(self, reason: str) -> None:
+        """From here on calls may differ: what follows is the recorded call's own."""
+        if self.prefix is None:
+            self.prefix = Prefix(len(self.ops), len(self.values), len(self.slots), reason)
 
     def forbid_steady(self, reason: str) -> None:
         """Mark the tape as good for the call that made it only."""
@@ -129,7 +169,9 @@ class Tape:
         return versions
 
     def saved_final(self, value: int) -> bool:
-        """Was the value saved, and never before its last version?"""
+        """Was the value saved where all calls do, and never before its last version?"""
+        if self.prefix is not None and all(slot.value != value for slot in self.lasting_slots):
+            return False
         return self.saved_versions().get(value) == {self.values[value].last_version}
 
     def closure(self, targets: Iterable[int], available: Collection[int]) -> tuple[list[int], set[int]]:
@@ -168,11 +210,13 @@ class Tape:
         saved = self.saved_versions()
         available = {v for v in saved if self.values[v].origin is not Origin.MADE and self.saved_final(v)}
         chosen: set[int] = set()
+        passing = self.passing_values
         made = (v for v in saved if self.values[v].origin is Origin.MADE)
         for value in sorted(made, key=lambda v: self.values[v].writers[-1] or 0):
             if not self.saved_final(value):
                 continue
-            if not self.values[value].pinned and self._can_replay(value, available):
+            free = not self.values[value].pinned and value not in passing
+            if free and self._can_replay(value, available):
                 chosen.add(value)
             else:
                 available.add(value)

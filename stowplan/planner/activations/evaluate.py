@@ -38,28 +38,35 @@ def evaluate(problem: Problem, decisions: Decisions) -> Evaluation:
 
 
 def peaks_of_moments(problem: Problem, blocks: Sequence[BlockFootprint]) -> list[int]:
-    """Device peaks in bytes: embedding, forwards in order, head, backwards in reverse, embedding, optimizer step."""
-    step = problem.step
+    """Device peaks in bytes: embedding, forwards in order, head, backwards in reverse, embedding, optimizer step.
+
+    Where the step has a gap before a block, it comes before that block's forward, and after its backward.
+    """
+    step, gaps = problem.step, problem.step.gap_before
     static = step.static_bytes
     window = problem.hardware.staging_blocks if problem.hardware.overlapped_copies else 0
     swapped = [block.swapped_bytes for block in blocks]
     programs = problem.programs
     peaks = [static + step.embedding_forward.peak_bytes]
-    earlier = static + step.embedding_forward.left_bytes
+    earlier = static
     in_flight = _in_flight(swapped, window)
+    left = step.forward_left_bytes
     for i, block in enumerate(blocks):
-        peaks.append(earlier + in_flight[i] + programs[i].forward_peak_bytes)
+        if i in gaps:
+            peaks.append(earlier + _last(swapped, window, i) + gaps[i].forward.peak_bytes)
+        peaks.append(earlier + left[i] + in_flight[i] + programs[i].forward_peak_bytes)
         earlier += block.alive_bytes
-    earlier -= step.embedding_forward.left_bytes
-    last = sum(swapped[max(0, len(swapped) - window) :]) if window else 0
-    peaks.append(earlier + last + step.head.peak_bytes)
+    peaks.append(earlier + _last(swapped, window, len(blocks)) + step.head.peak_bytes)
     kept = sum(block.kept_bytes for block in blocks)
     gradients = 0
+    left = step.backward_left_bytes
     for i in reversed(problem.order):
         kept -= blocks[i].kept_bytes
-        others = static + step.head.left_bytes + gradients + kept + in_flight[i]
+        others = static + left[i] + gradients + kept + in_flight[i]
         peaks.append(others + blocks[i].backward_peak_bytes)
         gradients += programs[i].gradient_bytes
+        if i in gaps:
+            peaks.append(static + gradients + kept + _last(swapped, window, i) + gaps[i].backward.peak_bytes)
     peaks.append(static + gradients + step.embedding_backward.peak_bytes)
     peaks.append(static + gradients + step.optimizer_step.peak_bytes)
     return peaks
@@ -72,6 +79,11 @@ def _in_flight(swapped: Sequence[int], window: int) -> Sequence[int]:
     if window == 2:  # the usual number of staging blocks, on the path of every trial of the search
         return [0, *swapped[:-1]]
     return [sum(swapped[max(0, i - window + 1) : i]) for i in range(len(swapped))]
+
+
+def _last(swapped: Sequence[int], window: int, stop: int) -> int:
+    """Swapped bytes of the last ``window`` blocks before block ``stop``."""
+    return sum(swapped[max(0, stop - window) : stop]) if window else 0
 
 
 def seconds_of_step(problem: Problem, blocks: Sequence[BlockFootprint]) -> float:
@@ -92,7 +104,7 @@ def _overlapped_seconds(problem: Problem, blocks: Sequence[BlockFootprint]) -> f
     block i waits until block i − window is on the host, and block i comes back when i + window has been used up
     (the last ones as soon as the forward pass is over). MEMO, arXiv 2407.12117, section 4.2.
     """
-    step, hardware = problem.step, problem.hardware
+    step, hardware, gaps = problem.step, problem.hardware, problem.step.gap_before
     window, count = hardware.staging_blocks, len(blocks)
     forward_seconds, backward_seconds = problem.forward_seconds, problem.backward_seconds
     rate_out, rate_in = hardware.to_host_bytes_per_second, hardware.to_device_bytes_per_second
@@ -100,6 +112,8 @@ def _overlapped_seconds(problem: Problem, blocks: Sequence[BlockFootprint]) -> f
     out: list[float] = []  # end of the copy out of each block; that of the one before where there is none
     now, queue = step.embedding_forward.seconds, 0.0
     for i, size in enumerate(swapped):
+        if i in gaps:
+            now += gaps[i].forward.seconds
         if i >= window and swapped[i - window] and out[i - window] > now:
             now = out[i - window]
         now += forward_seconds[i]
@@ -115,4 +129,6 @@ def _overlapped_seconds(problem: Problem, blocks: Sequence[BlockFootprint]) -> f
             now = queue if queue > now else now
         now += backward_seconds[i] + blocks[i].replay_seconds
         ends[i] = now
+        if i in gaps:
+            now += gaps[i].backward.seconds
     return now + step.embedding_backward.seconds + step.optimizer_step.seconds

@@ -70,15 +70,20 @@ def least_conceivable_bytes(problem: Problem) -> int:
         forced = [v.size_bytes for v, a in zip(values, actions, strict=True) if a == (Action.KEEP,)]
         lingering = [v.size_bytes for v, a in zip(values, actions, strict=True) if v.lingers and a != (Action.KEEP,)]
         kept.append(program.held_bytes + sum(forced))
-        peaks.append(earlier + step.embedding_forward.left_bytes + program.forward_peak_bytes)
+        if block in step.gap_before:
+            peaks.append(earlier + step.gap_before[block].forward.peak_bytes)
+        peaks.append(earlier + step.forward_left_bytes[block] + program.forward_peak_bytes)
         earlier += kept[-1] + program.lingering_bytes + sum(lingering)
     peaks.append(earlier + step.head.peak_bytes)
     held, gradients = sum(kept), 0
     for block in reversed(problem.order):
         program = problem.programs[block]
         held -= kept[block]
-        peaks.append(step.static_bytes + step.head.left_bytes + gradients + held + program.backward_peak_bytes)
+        others = step.static_bytes + held
+        peaks.append(others + step.backward_left_bytes[block] + gradients + program.backward_peak_bytes)
         gradients += program.gradient_bytes
+        if block in step.gap_before:
+            peaks.append(others + gradients + step.gap_before[block].backward.peak_bytes)
     last = max(step.embedding_backward.peak_bytes, step.optimizer_step.peak_bytes)
     return max(*peaks, step.static_bytes + gradients + last)
 

@@ -194,7 +194,7 @@ def _any_of(rows: Rows, runs: Sequence[Variable]) -> Variable:
 
 def add_device_rows(rows: Rows, problem: Problem, cells: Sequence[Cell], scale: Scale, budget: Variable) -> None:
     """Every moment of the step stays within ``budget`` (scaled bytes). ``cells`` has one entry per block."""
-    step = problem.step
+    step, gaps = problem.step, problem.step.gap_before
     window = problem.hardware.staging_blocks if problem.hardware.overlapped_copies else 0
     count = len(cells)
 
@@ -211,10 +211,14 @@ def add_device_rows(rows: Rows, problem: Problem, cells: Sequence[Cell], scale: 
     alive: list[tuple[Variable, float]] = []
     for i, cell in enumerate(cells):
         program = step.program_of(i)
+        if i in gaps:
+            staged = in_flight(i - window, i)
+            fits(alive + staged, gaps[i].forward.peak_bytes)
+            fits(kept + staged, gaps[i].backward.peak_bytes + gradients)
         gradients -= program.gradient_bytes  # those of later blocks are there when this one goes backward
         staged = in_flight(i - window + 1, i)
-        fits(alive + staged, step.embedding_forward.left_bytes + program.forward_peak_bytes)
-        fits([*kept, *staged, (cell.backward_peak, -1)], step.head.left_bytes + gradients)
+        fits(alive + staged, step.forward_left_bytes[i] + program.forward_peak_bytes)
+        fits([*kept, *staged, (cell.backward_peak, -1)], step.backward_left_bytes[i] + gradients)
         kept = [(rows.total([*((v, -f) for v, f in kept), (cell.kept, 1)]), -1.0)]
         alive = [(rows.total([*((v, -f) for v, f in alive), (cell.alive, 1)]), -1.0)]
     fits(alive + in_flight(count - window, count), step.head.peak_bytes)
@@ -233,7 +237,8 @@ def add_time_rows(rows: Rows, problem: Problem, cells: Sequence[Cell], scale: Sc
     if not hardware.overlapped_copies:
         costs = [(cell.seconds, 1.0) for cell in cells] + [(cell.swapped, out + back) for cell in cells]
         return rows.total(costs, problem.ideal_seconds / scale.seconds)
-    step, window, count = problem.step, hardware.staging_blocks, len(cells)
+    step, gaps = problem.step, problem.step.gap_before
+    window, count = hardware.staging_blocks, len(cells)
 
     def after(terms: list[tuple[Variable, float]], seconds: float, *before: Variable | None) -> Variable:
         """The end of something that takes ``terms`` and ``seconds`` once all of ``before`` have ended."""
@@ -247,10 +252,11 @@ def add_time_rows(rows: Rows, problem: Problem, cells: Sequence[Cell], scale: Sc
     outs: list[Variable] = []
     for i, cell in enumerate(cells):
         program = step.program_of(i)
-        before = [forwards[-1]] if i else []
+        before = [forwards[-1]] if i else [after([], step.embedding_forward.seconds)]
+        if i in gaps:
+            before = [after([], gaps[i].forward.seconds, *before)]
         before += [outs[i - window]] if i >= window else []
-        lead = step.embedding_forward.seconds if i == 0 else 0.0
-        forwards.append(after([], lead + program.forward_seconds, *before))
+        forwards.append(after([], program.forward_seconds, *before))
         outs.append(after([(cell.swapped, out)], 0, forwards[-1], *outs[-1:]))
     end = after([], step.head.seconds, forwards[-1])
     ends: dict[int, Variable] = {}
@@ -262,6 +268,8 @@ def add_time_rows(rows: Rows, problem: Problem, cells: Sequence[Cell], scale: Sc
         if i >= count - window:  # earlier copies out have ended with the forward pass, which waited for them
             _wait_for_own_copy(rows, problem, i, cells[i], outs[i], arrival, scale, relaxed=relaxed)
         end = ends[i] = after([(cells[i].seconds, 1)], program.backward_seconds, end, arrival)
+        if i in gaps:
+            end = after([], gaps[i].backward.seconds, end)
     return after([], step.embedding_backward.seconds + step.optimizer_step.seconds, end)
 
 

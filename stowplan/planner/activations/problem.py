@@ -94,7 +94,8 @@ class Problem:
         """Seconds of a step that neither recomputes nor copies."""
         step = self.step
         blocks = sum(program.forward_seconds + program.backward_seconds for program in self.programs)
-        phases = (step.embedding_forward, step.head, step.embedding_backward, step.optimizer_step)
+        phases = [step.embedding_forward, step.head, step.embedding_backward, step.optimizer_step]
+        phases += [phase for gap in step.gaps for phase in (gap.forward, gap.backward)]
         return blocks + sum(phase.seconds for phase in phases)
 
     @property

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from stowplan.core.plan import Decisions, MomentBytes, Prediction
-from stowplan.core.program import Action, BlockProgram
+from stowplan.core.program import Action, BlockProgram, Phase
 from stowplan.planner.activations.problem import Problem
 
 __all__ = ["simulate"]
@@ -101,7 +101,7 @@ def simulate(problem: Problem, decisions: Decisions) -> Prediction:
 def _walk(problem: Problem, number: int, actions: tuple[Action, ...]) -> _Block:
     """Sort the saved values of a block by action and replay what is recomputed."""
     program = problem.step.program_of(number)
-    block = _Block(program=program, name=problem.step.block_names[number])
+    block = _Block(program=program, name=problem.step.call_names[number])
     block.kept, block.lingering = program.held_bytes, program.lingering_bytes
     present, wanted = set(), []
     for index, action in zip(program.saved, actions, strict=True):
@@ -164,7 +164,7 @@ def _replay(program: BlockProgram, present: set[int], wanted: list[int]) -> tupl
 
 
 def _forward_tasks(problem: Problem, blocks: list[_Block], memory: _Memory) -> list[_Task]:
-    """Embedding, the blocks' forwards, and the copies to the host."""
+    """Embedding, the blocks' forwards and what is between them, and the copies to the host."""
     step, hardware = problem.step, problem.hardware
     overlapped, window = hardware.overlapped_copies, hardware.staging_blocks
 
@@ -176,6 +176,9 @@ def _forward_tasks(problem: Problem, blocks: list[_Block], memory: _Memory) -> l
 
     tasks = [_Task(("embedding forward", 0), COMPUTE, step.embedding_forward.seconds, begin=embed, end=embedded)]
     for number, block in enumerate(blocks):
+        for gap in step.gaps:
+            if gap.block == number:
+                tasks.append(_gap_task("forward", gap.forward, number, block, memory))
 
         def begin(now: float, number: int = number, block: _Block = block) -> None:
             memory.staged.pop(number - window, None)  # it waited for that copy
@@ -198,6 +201,22 @@ def _forward_tasks(problem: Problem, blocks: list[_Block], memory: _Memory) -> l
             seconds = block.swapped / hardware.to_host_bytes_per_second
             tasks.append(_Task((TO_HOST, number), queue, seconds, (("forward", number),), end=copied))
     return tasks
+
+
+def _gap_task(
+    way: str, phase: Phase, number: int, block: _Block, memory: _Memory, staged: Mapping[int, int] = {}
+) -> _Task:
+    """What the model does before ``block`` (forward) or after it (backward)."""
+
+    def begin(now: float) -> None:
+        memory.outside = 0  # the phase's bytes include what others left
+        memory.staged.update(staged)
+        memory.note(f"{way} of what precedes {block.name}", now, phase.peak_bytes)
+
+    def end() -> None:
+        memory.outside = phase.left_bytes
+
+    return _Task((f"{way} gap", number), COMPUTE, phase.seconds, begin=begin, end=end)
 
 
 def _backward_tasks(problem: Problem, blocks: list[_Block], memory: _Memory) -> list[_Task]:
@@ -246,6 +265,11 @@ def _backward_tasks(problem: Problem, blocks: list[_Block], memory: _Memory) -> 
             waits = ((TO_DEVICE, number),)
         seconds = block.program.backward_seconds + block.replay_seconds
         tasks.append(_Task(("backward", number), COMPUTE, seconds, waits, begin, end))
+        for gap in step.gaps:
+            if gap.block == number:
+                coming = number - window if overlapped else -1  # the copy that may come when this backward is over
+                staged = {coming: blocks[coming].swapped} if coming >= 0 else {}
+                tasks.append(_gap_task("backward", gap.backward, number, block, memory, staged))
     tasks.append(_Task(("embedding backward", 0), COMPUTE, step.embedding_backward.seconds, begin=embedding))
     tasks.append(_Task(("optimizer step", 0), COMPUTE, step.optimizer_step.seconds, begin=optimizer))
     return tasks
