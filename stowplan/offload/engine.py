@@ -7,12 +7,15 @@ everything are not touched at all.
 
 from __future__ import annotations
 
+import threading
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import _disable_current_modes
 
 from stowplan.core.errors import PlanMismatch, ReplayMismatch
@@ -23,6 +26,7 @@ from stowplan.offload.buffers import Buffers
 from stowplan.offload.copies import CopyEngine
 from stowplan.offload.intercept import Forward, Interception
 from stowplan.offload.recording import devices_of, parameter_of, record_call
+from stowplan.offload.tape.checks import Checks
 from stowplan.offload.tape.course import Course, allowed_actions
 from stowplan.offload.tape.proof import prove
 from stowplan.offload.tape.rng import draw_position, set_position
@@ -47,6 +51,7 @@ class Engine:
         decisions: per block, the action of each saved value by name.
         copies: moves swapped values.
         counters: what was done is added here.
+        checks: compares what is brought back for backward; by default a sample.
     """
 
     def __init__(
@@ -56,19 +61,29 @@ class Engine:
         decisions: Sequence[Mapping[str, Action]],
         copies: CopyEngine,
         counters: Counters | None = None,
+        checks: Checks | None = None,
     ) -> None:
         refuse_unsupported(model, blocks)
         self.counters = counters if counters is not None else Counters()
+        self.checks = checks if checks is not None else Checks()
         self.blocks = [
-            PlannedBlock(block, actions, copies, self.counters)
+            PlannedBlock(block, actions, copies, self.counters, self.checks)
             for block, actions in zip(blocks, decisions, strict=True)
             if any(action is not Action.KEEP for action in actions.values())
         ]
+        settled = weakref.ref(self.checks)
+        self._stepping = register_optimizer_step_pre_hook(lambda *stepping: _settle(settled))
+        weakref.finalize(self.checks, self._stepping.remove)
 
     def remove(self) -> None:
-        """Give every block its own forward back. Graphs already made stay valid."""
+        """Give every block its own forward back. Graphs already made stay valid.
+
+        Raises ReplayMismatch if a comparison whose verdict was still to be read failed.
+        """
         while self.blocks:
             self.blocks.pop().interception.remove()
+        self._stepping.remove()
+        self.checks.settle_from_now_on()
 
 
 class PlannedBlock:
@@ -78,28 +93,34 @@ class PlannedBlock:
     recorded: what only the first call does (filling a cache, say) is no part of the steady state.
     """
 
-    def __init__(self, block: Block, planned: Mapping[str, Action], copies: CopyEngine, counters: Counters) -> None:
+    def __init__(
+        self, block: Block, planned: Mapping[str, Action], copies: CopyEngine, counters: Counters, checks: Checks
+    ) -> None:
         self.name, self.module = block
         self.planned = dict(planned)
         self.copies = copies
         self.counters = counters
+        self.checks = checks
         self.tapes: dict[Signature, Tape] = {}  # the last recording
         self.courses: dict[Signature, Course | None] = {}  # what to follow; None: keep everything
         self.num_recordings: Counter[Signature] = Counter()
         self.numbers = Numbers(self.module)
         self.devices = devices_of(self.module)
-        self.busy = False
+        self.at_work = threading.Lock()
         self.crowded = False
         self.interception = Interception(self.module, self.call)
 
     def call(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The block's forward, its saved tensors packed by plan."""
-        if self.busy or not torch.is_grad_enabled():
+        """The block's forward, its saved tensors packed by plan.
+
+        A call while another is under way (the block calls itself, or another thread calls it) keeps what it saves.
+        """
+        if not torch.is_grad_enabled() or not self.at_work.acquire(blocking=False):
             return forward(*args, **kwargs)
-        leaves = flatten(args, kwargs)
-        key = signature(leaves, kwargs, self.numbers.read())
-        self.busy = True
         try:
+            self.checks.settle()
+            leaves = flatten(args, kwargs)
+            key = signature(leaves, kwargs, self.numbers.read())
             if key not in self.courses:
                 return self._record(key, forward, args, kwargs)
             course = self.courses[key]
@@ -107,7 +128,7 @@ class PlannedBlock:
                 return forward(*args, **kwargs)
             return self._follow(key, course, leaves, forward, args, kwargs)
         finally:
-            self.busy = False
+            self.at_work.release()
 
     def _follow(
         self,
@@ -120,7 +141,7 @@ class PlannedBlock:
     ) -> Any:
         position = draw_position(self.devices)
         buffers = Buffers(self.module) if course.tape.writes_buffers else None
-        run = Run(self.name, self.copies, self.counters)
+        run = Run(self.name, self.copies, self.counters, self.checks)
         run.follow(course, leaves, self._parameter_of, position)
         try:
             with torch.autograd.graph.saved_tensors_hooks(run.packer(), unpack):
@@ -142,7 +163,7 @@ class PlannedBlock:
     def _record(self, key: Signature, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if key not in self.num_recordings and len(self.num_recordings) >= _MAX_SIGNATURES:
             self._forget_oldest()
-        recording = record_call(self.module, forward, args, kwargs, self.copies, self.counters)
+        recording = record_call(self.module, forward, args, kwargs, self.copies, self.counters, self.checks, self.name)
         self.counters.recorded_calls += 1
         tape, run = recording.recorder.finish(), recording.run
         with _disable_current_modes():  # a block around this one may be recording, too
@@ -217,6 +238,13 @@ class PlannedBlock:
 
     def _parameter_of(self, name: str) -> torch.Tensor:
         return parameter_of(self.module, name)
+
+
+def _settle(checks: weakref.ref[Checks]) -> None:
+    """An optimizer is about to step, of whatever model."""
+    found = checks()
+    if found is not None:
+        found.settle()
 
 
 def _refuse_second_run(name: str, leaves: Sequence[Any]) -> None:

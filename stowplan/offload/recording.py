@@ -10,6 +10,7 @@ import torch
 from stowplan.offload.arguments import flatten_named
 from stowplan.offload.copies import CopyEngine
 from stowplan.offload.intercept import Forward
+from stowplan.offload.tape.checks import Checks
 from stowplan.offload.tape.record import Recorder
 from stowplan.offload.tape.rng import Position, draw_position
 from stowplan.offload.tape.run import Counters, Run, unpack
@@ -45,12 +46,17 @@ def record_call(
     kwargs: dict[str, Any],
     copies: CopyEngine,
     counters: Counters,
+    checks: Checks | None = None,
+    name: str = "",
 ) -> Recording:
-    """Call ``forward`` of the block ``module`` once, recording what it does and holding all that it saves."""
+    """Call ``forward`` of the block ``module`` once, recording what it does and holding all that it saves.
+
+    ``name`` is what errors call the block; by default its class.
+    """
     leaves = flatten_named(forward, args, kwargs)
     position = draw_position(devices_of(module))
     recorder = Recorder(module, leaves)
-    run = Run(type(module).__name__, copies, counters)
+    run = Run(name or type(module).__name__, copies, counters, checks or Checks())
 
     def pack(tensor: torch.Tensor) -> Any:
         slot = recorder.save(tensor)

@@ -15,6 +15,7 @@ from stowplan.offload.blocks import Block
 from stowplan.offload.copies import PlainCopies
 from stowplan.offload.engine import Engine
 from stowplan.offload.host_slab import HostSlab
+from stowplan.offload.tape.checks import Checks, Verify
 from stowplan.offload.tape.run import Counters
 from stowplan.session.planning import device_of
 
@@ -33,8 +34,14 @@ class AppliedPlan:
     """
 
     def __init__(
-        self, plan: Plan, model: torch.nn.Module, on_remove: Callable[[torch.nn.Module], object] = lambda model: None
+        self,
+        plan: Plan,
+        model: torch.nn.Module,
+        *,
+        verify: str = Verify.SAMPLE,
+        on_remove: Callable[[torch.nn.Module], object] = lambda model: None,
     ) -> None:
+        self._verify = Verify.of(verify)
         device = device_of(model)
         if plan.hardware.device_type != device.type:
             raise PlanMismatch(
@@ -54,7 +61,8 @@ class AppliedPlan:
         model = self._model()
         assert model is not None
         copies = PlainCopies(_slab(self.plan, model))
-        self.engine = Engine(model, _named_blocks(model, self.plan), _decisions(self.plan), copies, self.counters)
+        blocks, decisions = _named_blocks(model, self.plan), _decisions(self.plan)
+        self.engine = Engine(model, blocks, decisions, copies, self.counters, Checks(self._verify))
         _applied[model] = self
 
     def suspend(self) -> bool:
@@ -83,15 +91,21 @@ class AppliedPlan:
         self.remove()
 
 
-def apply(plan: Plan, model: torch.nn.Module) -> AppliedPlan:
+def apply(plan: Plan, model: torch.nn.Module, *, verify: str = "sample") -> AppliedPlan:
     """Carry ``plan`` out on ``model`` from now on: hooks only, the module tree and state dict stay as they are.
 
     The first call of every block with a decision is recorded and its replay proved against the true values.
 
+    Args:
+        verify: what is compared, bit for bit, with what the forward pass had, once it is back for backward. "sample":
+            about 128 bytes of one recomputed value per call of a block, taken in turn. "all": every recomputed and
+            swapped value; a copy of each is held meanwhile, so no memory is saved. "off": nothing. A difference raises
+            ReplayMismatch before an optimizer steps.
+
     Raises PlanMismatch if the model is not the one the plan was made for (here, or at a block's first call), and
-    InvalidArgument if a plan is in force on it already.
+    InvalidArgument if a plan is in force on it already or ``verify`` is unknown.
     """
-    return AppliedPlan(plan, model)
+    return AppliedPlan(plan, model, verify=verify)
 
 
 def _named_blocks(model: torch.nn.Module, plan: Plan) -> list[Block]:

@@ -14,6 +14,7 @@ from stowplan.core.units import parse_bytes
 from stowplan.offload.arguments import flatten_named, tensors_in
 from stowplan.offload.blocks import Blocks, find_blocks, refuse_unsupported
 from stowplan.offload.intercept import Forward, Interception
+from stowplan.offload.tape.checks import Verify
 from stowplan.session.applying import AppliedPlan, applied
 from stowplan.session.planning import Batch, LossFunction, Size, make_plan, own_loss
 
@@ -32,18 +33,21 @@ def wrap(
     blocks: Blocks = None,
     hold_gradients: bool = False,
     hold_output: bool = True,
+    verify: str = "sample",
 ) -> Model:
     """Plan at the first batch and carry the plan out from then on; gives the same model back.
 
     The first training forward (and the first one with a larger batch than planned for) plans as ``plan`` does, with
     that call's arguments as the batch, then goes on under the plan. Without a loss in the model's output, and without
     ``loss_fn``, the head is captured with the sum of the output as its loss, which is said in the plan's assumptions.
+    ``verify`` is as in ``apply``, all else as in ``plan``.
 
     The plan in force is ``stowplan.applied(model).plan``; ``stowplan.applied(model).remove()`` takes everything away.
 
     Raises InvalidArgument or UnsupportedModel at once for sizes and blocks that cannot be, the rest of what ``plan``
     raises at the forward that plans.
     """
+    Verify.of(verify)
     for size, name in ((budget, "budget"), (host_budget, "host_budget")):
         if size != "auto":
             parse_bytes(size, name)
@@ -51,15 +55,18 @@ def wrap(
         raise InvalidArgument("the model is wrapped, or has a plan applied to it, already; take that away first.")
     refuse_unsupported(model, find_blocks(model, blocks))
     options = {"budget": budget, "host_budget": host_budget, "optimizer": optimizer, "blocks": blocks}
-    _Wrapper(model, loss_fn, {**options, "hold_gradients": hold_gradients, "hold_output": hold_output})
+    _Wrapper(model, loss_fn, {**options, "hold_gradients": hold_gradients, "hold_output": hold_output}, verify)
     return model
 
 
 class _Wrapper:
     """Plans at a model's first training forward, and again when batches grow."""
 
-    def __init__(self, model: torch.nn.Module, loss_fn: LossFunction | None, options: dict[str, Any]) -> None:
+    def __init__(
+        self, model: torch.nn.Module, loss_fn: LossFunction | None, options: dict[str, Any], verify: str
+    ) -> None:
         self.loss_fn = loss_fn
+        self.verify = verify
         self.options = options
         self.largest: dict[str, tuple[int, ...]] = {}  # shape of each tensor argument that was planned for
         self.busy = False
@@ -90,7 +97,7 @@ class _Wrapper:
             if before is not None:
                 before.resume()
             raise
-        AppliedPlan(made, model, on_remove=_unwrap)
+        AppliedPlan(made, model, verify=self.verify, on_remove=_unwrap)
 
     def _made(self, model: torch.nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:
         batch = {**{str(i): argument for i, argument in enumerate(args)}, **kwargs}

@@ -8,6 +8,7 @@ Note: identity of storages
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -219,12 +220,15 @@ class Recorder(TorchDispatchMode):
 def module_stack(block: torch.nn.Module, stack: list[str]) -> Iterator[None]:
     """Keep in ``stack`` the dotted names of the block's modules that are running."""
     names = {id(module): name for name, module in block.named_modules()}
+    own_thread = threading.get_ident()  # the hooks are everybody's
 
     def enter(module: torch.nn.Module, args: Any) -> None:
-        stack.append(names.get(id(module), stack[-1]))
+        if threading.get_ident() == own_thread:
+            stack.append(names.get(id(module), stack[-1]))
 
     def leave(module: torch.nn.Module, args: Any, result: Any) -> None:
-        stack.pop()
+        if threading.get_ident() == own_thread:
+            stack.pop()
 
     entering = torch.nn.modules.module.register_module_forward_pre_hook(enter)
     leaving = torch.nn.modules.module.register_module_forward_hook(leave, always_call=True)
