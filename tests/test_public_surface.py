@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 
 NAMES = [
     "Action",
+    "BudgetExceeded",
     "Hardware",
     "InfeasibleBudget",
     "InvalidArgument",

@@ -188,9 +188,11 @@ def test_shorter_and_longer_batches_under_one_plan(planned: stowplan.Plan) -> No
         return seen
 
     model = models.llama(num_blocks=4)
-    with warnings.catch_warnings(), stowplan.apply(planned, model):
-        warnings.filterwarnings("ignore", message="the host slab", category=RuntimeWarning)  # 160 tokens may swap more
+    with stowplan.apply(planned, model), warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
         seen = mixed(model)
+    said = [str(warning.message) for warning in warned]
+    assert all("larger batch" in line or "the host slab" in line for line in said)  # 160 tokens may swap more
     assert same(seen, mixed(models.llama(num_blocks=4)))
 
 
@@ -231,6 +233,7 @@ def test_wrap_without_a_loss_says_what_it_does_not_count() -> None:
 
 
 # ---- measure, report -----------------------------------------------------------------------------------------------
+@pytest.mark.filterwarnings("ignore:a step took:RuntimeWarning")  # gradients are held, which was not planned for
 def test_measure_counts_steps_by_the_optimizer(planned: stowplan.Plan) -> None:
     model = models.llama(num_blocks=4)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

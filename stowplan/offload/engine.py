@@ -52,6 +52,7 @@ class Engine:
         copies: moves swapped values.
         counters: what was done is added here.
         checks: compares what is brought back for backward; by default a sample.
+        failure_note: goes onto the error of an allocation that fails while values are brought back.
     """
 
     def __init__(
@@ -62,12 +63,13 @@ class Engine:
         copies: CopyEngine,
         counters: Counters | None = None,
         checks: Checks | None = None,
+        failure_note: str = "",
     ) -> None:
         refuse_unsupported(model, blocks)
         self.counters = counters if counters is not None else Counters()
         self.checks = checks if checks is not None else Checks()
         self.blocks = [
-            PlannedBlock(block, actions, copies, self.counters, self.checks)
+            PlannedBlock(block, actions, copies, self.counters, self.checks, failure_note)
             for block, actions in zip(blocks, decisions, strict=True)
             if any(action is not Action.KEEP for action in actions.values())
         ]
@@ -94,13 +96,20 @@ class PlannedBlock:
     """
 
     def __init__(
-        self, block: Block, planned: Mapping[str, Action], copies: CopyEngine, counters: Counters, checks: Checks
+        self,
+        block: Block,
+        planned: Mapping[str, Action],
+        copies: CopyEngine,
+        counters: Counters,
+        checks: Checks,
+        failure_note: str,
     ) -> None:
         self.name, self.module = block
         self.planned = dict(planned)
         self.copies = copies
         self.counters = counters
         self.checks = checks
+        self.failure_note = failure_note
         self.tapes: dict[Signature, Tape] = {}  # the last recording
         self.courses: dict[Signature, Course | None] = {}  # what to follow; None: keep everything
         self.num_recordings: Counter[Signature] = Counter()
@@ -142,6 +151,7 @@ class PlannedBlock:
         position = draw_position(self.devices)
         buffers = Buffers(self.module) if course.tape.writes_buffers else None
         run = Run(self.name, self.copies, self.counters, self.checks)
+        run.failure_note = self.failure_note
         run.follow(course, leaves, self._parameter_of, position)
         try:
             with torch.autograd.graph.saved_tensors_hooks(run.packer(), unpack):
@@ -166,6 +176,7 @@ class PlannedBlock:
         recording = record_call(self.module, forward, args, kwargs, self.copies, self.counters, self.checks, self.name)
         self.counters.recorded_calls += 1
         tape, run = recording.recorder.finish(), recording.run
+        run.failure_note = self.failure_note
         with _disable_current_modes():  # a block around this one may be recording, too
             before = self.tapes.get(key)
             agrees = before is not None and before.does_the_same(tape)

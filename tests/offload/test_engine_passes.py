@@ -227,6 +227,7 @@ def test_nothing_grows_in_sixty_steps(policy: str) -> None:
     assert alive[2:] == [(alive[2][0], 0, 0)] * 58
 
 
+@pytest.mark.slow
 @all_policies
 def test_live_bytes_do_not_grow_in_two_hundred_steps(policy: str) -> None:
     """By the allocator's own log, with all that a training loop does."""

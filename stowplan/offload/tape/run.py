@@ -21,6 +21,7 @@ import torch
 from stowplan.core.errors import ReplayMismatch
 from stowplan.core.program import Action
 from stowplan.offload.copies import CopyEngine, Ticket
+from stowplan.offload.observer import is_allocation_failure
 from stowplan.offload.tape.checks import Checks, Verify, Witness
 from stowplan.offload.tape.course import Course, Fate, SlotCourse
 from stowplan.offload.tape.replay import Strayed, view_of
@@ -46,6 +47,7 @@ class Counters:
     recorded_calls: int = 0
     steady_calls: int = 0
     departures: int = 0
+    allocation_failures: int = 0  # while values were brought back for backward
 
 
 class HostCopy:
@@ -102,6 +104,7 @@ class Run:
         self.copies = copies
         self.counters = counters
         self.checks = checks
+        self.failure_note = ""  # for an allocation that fails while values are brought back
         self.lock = threading.Lock()  # several threads may run backward on graphs that share this call
         self.slots: Iterator[SlotCourse] = iter(())  # those to come
         self.cells: dict[int, Cell] = {}
@@ -240,6 +243,16 @@ class Run:
     # ---- backward -------------------------------------------------------------------------------------------------
     def restore(self) -> None:
         """Bring back every value of the block that is still wanted: copy in, then replay."""
+        try:
+            self._restore()
+        except (RuntimeError, MemoryError) as error:
+            if is_allocation_failure(error):
+                self.counters.allocation_failures += 1
+                error.add_note(f"stowplan: while values of {self.name} were brought back for backward.")
+                error.add_note(self.failure_note)
+            raise
+
+    def _restore(self) -> None:
         wanted = {cell.value: cell for ref in self.waiting if (cell := ref()) is not None}
         for cell in wanted.values():
             if cell.host is not None:
