@@ -26,6 +26,7 @@ from stowplan.offload.buffers import Buffers
 from stowplan.offload.copies import CopyEngine
 from stowplan.offload.intercept import Forward, Interception
 from stowplan.offload.recording import devices_of, parameter_of, record_call
+from stowplan.offload.refusals import refuse_hooks
 from stowplan.offload.tape.checks import Checks
 from stowplan.offload.tape.course import Course, allowed_actions
 from stowplan.offload.tape.proof import prove
@@ -127,6 +128,7 @@ class PlannedBlock:
         if not torch.is_grad_enabled() or not self.at_work.acquire(blocking=False):
             return forward(*args, **kwargs)
         try:
+            refuse_hooks(self.name)
             self.checks.settle()
             leaves = flatten(args, kwargs)
             key = signature(leaves, kwargs, self.numbers.read())

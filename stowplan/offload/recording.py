@@ -10,6 +10,7 @@ import torch
 from stowplan.offload.arguments import flatten_named
 from stowplan.offload.copies import CopyEngine
 from stowplan.offload.intercept import Forward
+from stowplan.offload.refusals import refuse_callers
 from stowplan.offload.tape.checks import Checks
 from stowplan.offload.tape.record import Recorder
 from stowplan.offload.tape.rng import Position, draw_position
@@ -51,12 +52,15 @@ def record_call(
 ) -> Recording:
     """Call ``forward`` of the block ``module`` once, recording what it does and holding all that it saves.
 
-    ``name`` is what errors call the block; by default its class.
+    ``name`` is what errors call the block; by default its class. Raises UnsupportedModel for a block that is
+    checkpointed or called by compiled code.
     """
+    name = name or type(module).__name__
+    refuse_callers(name)
     leaves = flatten_named(forward, args, kwargs)
     position = draw_position(devices_of(module))
-    recorder = Recorder(module, leaves)
-    run = Run(name or type(module).__name__, copies, counters, checks or Checks())
+    recorder = Recorder(module, leaves, name)
+    run = Run(name, copies, counters, checks or Checks())
 
     def pack(tensor: torch.Tensor) -> Any:
         slot = recorder.save(tensor)

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from stowplan.offload.arguments import tensors_in
+from stowplan.offload.refusals import refuse_checkpoint_inside
 from stowplan.offload.tape.rules import (
     ALLOCATIONS,
     advances_by_shape,
@@ -49,7 +50,7 @@ class Recorder(TorchDispatchMode):
     ``leaves`` are the flattened arguments of the call with their names.
     """
 
-    def __init__(self, block: torch.nn.Module, leaves: Sequence[tuple[str, Any]]) -> None:
+    def __init__(self, block: torch.nn.Module, leaves: Sequence[tuple[str, Any]], name: str = "") -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.tape = Tape()
         self._values: dict[int, int] = {}  # storage -> value
@@ -58,13 +59,14 @@ class Recorder(TorchDispatchMode):
         self._names: Counter[str] = Counter()
         self._stack: list[str] = [""]
         self._block = block
+        self._name = name or type(block).__name__
         self._can_rewind = True  # until a random op whose use of the generator cannot be repeated on stand-ins
-        for position, (name, leaf) in enumerate(leaves):
+        for position, (argument, leaf) in enumerate(leaves):
             if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided:
-                known = _Known(Origin.INPUT, name, position, Geometry.of(leaf))
+                known = _Known(Origin.INPUT, argument, position, Geometry.of(leaf))
                 self._known.setdefault(_storage_key(leaf), known)
-        for name, tensor in _own_tensors(block):
-            self._known[_storage_key(tensor)] = _Known(Origin.PARAMETER, name, -1, Geometry.of(tensor))
+        for parameter, tensor in _own_tensors(block):
+            self._known[_storage_key(tensor)] = _Known(Origin.PARAMETER, parameter, -1, Geometry.of(tensor))
 
     # ---- what the hooks call --------------------------------------------------------------------------------------
     def save(self, tensor: torch.Tensor) -> Slot | None:
@@ -105,6 +107,7 @@ class Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        refuse_checkpoint_inside(self._name)
         result = self._record(func, args, kwargs) if self._is_dense(args, kwargs) else func(*args, **kwargs)
         if not self._is_dense((result,), {}):
             self.tape.forbid_steady("a sparse tensor")
