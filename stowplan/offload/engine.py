@@ -103,7 +103,7 @@ class PlannedBlock:
         copies: CopyEngine,
         counters: Counters,
         checks: Checks,
-        failure_note: str,
+        failure_note: str = "",
     ) -> None:
         self.name, self.module = block
         self.planned = dict(planned)

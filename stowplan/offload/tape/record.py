@@ -274,7 +274,9 @@ def _indexes_by_numbers(func: Any, args: tuple[Any, ...]) -> bool:
 
 def _flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
     if "scaled_dot_product" in func._schema.name and func.overloadpacket not in flop_registry:
-        return int(sdpa_flop_count(*(argument.shape for argument in args[:3])))  # the CPU's kernel is not registered
+        # The CPU's kernel is not registered. Older formulas know nothing of heads that are shared between queries.
+        query, key, value = (argument.shape for argument in args[:3])
+        return int(sdpa_flop_count(query, (*query[:-2], *key[-2:]), (*query[:-2], *value[-2:])))
     formula = flop_registry.get(func.overloadpacket)
     return int(formula(*args, **kwargs, out_val=result)) if formula is not None else 0
 
