@@ -24,6 +24,7 @@ from stowplan.offload.blocks import find_blocks
 from stowplan.offload.copies import PlainCopies
 from stowplan.offload.engine import Engine, PlannedBlock
 from stowplan.offload.host_slab import HostSlab
+from stowplan.offload.tape.checks import Checks
 from stowplan.offload.tape.run import Counters
 
 
@@ -45,7 +46,7 @@ def hooked(action: Action) -> Callable[[torch.nn.Module], None]:
         planned = {value.name: action if action in value.actions else Action.SWAP for value in values}
         copies, counters = PlainCopies(HostSlab(1 << 26)), Counters()
         for block in find_blocks(model):
-            PlannedBlock(block, planned, copies, counters)
+            PlannedBlock(block, planned, copies, counters, Checks())
 
     return apply
 

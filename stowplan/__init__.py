@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from stowplan.core.errors import (
+        BudgetExceeded,
         InfeasibleBudget,
         InvalidArgument,
         InvalidPlanFile,
@@ -35,6 +36,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Action",
+    "BudgetExceeded",
     "Hardware",
     "InfeasibleBudget",
     "InvalidArgument",

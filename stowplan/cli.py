@@ -1,8 +1,8 @@
-"""The command line: ``stowplan plan``, ``stowplan report``, ``stowplan demo``.
+"""The command line: ``stowplan plan``, ``stowplan report``, ``stowplan demo``, ``stowplan doctor``.
 
 Exit codes: 0 done, 2 what was given cannot be used, 3 no plan fits the budget (the message names the least one that
-has a plan), 1 a bug of ours. Results go to stdout, progress and errors to stderr. What a command needs is imported
-when it runs, so that help and reports come at once.
+has a plan), 1 a bug of ours, or something that ``doctor`` found broken. Results go to stdout, progress and errors to
+stderr. What a command needs is imported when it runs, so that help and reports come at once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["app", "main"]
 
-BAD_INPUT, INFEASIBLE = 2, 3
+BROKEN, BAD_INPUT, INFEASIBLE = 1, 2, 3
 
 app = typer.Typer(
     name="stowplan",
@@ -183,6 +183,35 @@ def demo_command(
         from stowplan.demo import run
 
         run(out, steps, quick)
+
+
+DOCTOR_EXAMPLES = """Examples:
+
+\b
+  stowplan doctor
+  stowplan doctor --json > doctor.json
+
+Exit code 1: something is broken.
+"""
+
+
+@app.command("doctor", epilog=DOCTOR_EXAMPLES)
+def doctor_command(
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON, and nothing else.")] = False,
+) -> None:
+    """Tell versions, devices, speeds and budgets, and check that planning is exact on this machine."""
+    import json
+
+    from stowplan.doctor import State, examine, render
+
+    findings = examine(_say)
+    fine = all(finding.state is not State.BROKEN for finding in findings)
+    if as_json:
+        typer.echo(json.dumps({"fine": fine, "findings": [finding.as_dict() for finding in findings]}, indent=2))
+    else:
+        typer.echo(render(findings), nl=False)
+    if not fine:
+        raise typer.Exit(BROKEN)
 
 
 # ---- what commands share ---------------------------------------------------------------------------------------------

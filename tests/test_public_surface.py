@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 
 NAMES = [
     "Action",
+    "BudgetExceeded",
     "Hardware",
     "InfeasibleBudget",
     "InvalidArgument",
@@ -66,6 +67,7 @@ FLAGS = {
     ],
     "report": ["file", "--json"],
     "demo": ["--out", "--steps", "--quick"],
+    "doctor": ["--json"],
 }
 
 HEAVY = {"torch", "transformers", "pulp", "highspy", "numpy", "ray", "deepspeed"}
@@ -111,7 +113,7 @@ def test_the_flags_of_every_command_are_frozen() -> None:
     assert flags == FLAGS
 
 
-@pytest.mark.parametrize("name", ["plan", "report", "demo"])
+@pytest.mark.parametrize("name", ["plan", "report", "demo", "doctor"])
 def test_every_command_has_examples(name: str) -> None:
     result = _run("-m", "stowplan", name, "--help")
     assert f"Examples:\n\n    stowplan {name}" in result.stdout

@@ -5,6 +5,7 @@ StowplanError
 │   └── InvalidSize                         a size that is no byte count
 ├── InfeasibleBudget                        no plan fits; names the least feasible budget
 ├── UnsupportedModel                        the model cannot be captured or hooked as it is
+├── BudgetExceeded                          a step took more than its plan promised; only with strict=True
 ├── PlanMismatch                            a plan meets a model or a batch it was not made for
 ├── InvalidPlanFile                         a plan file that cannot be read
 ├── MissingDependency (also an ImportError) an optional package is needed; names the extra
@@ -16,6 +17,7 @@ StowplanError
 from __future__ import annotations
 
 __all__ = [
+    "BudgetExceeded",
     "InfeasibleBudget",
     "InvalidArgument",
     "InvalidPlanFile",
@@ -77,6 +79,29 @@ class InfeasibleBudget(StowplanError):
 
 class UnsupportedModel(StowplanError):
     """The model cannot be captured or hooked as it is; the message says what to change."""
+
+
+class BudgetExceeded(StowplanError):
+    """A step under a plan took more of the device's memory than the budget.
+
+    Attributes:
+        budget_bytes: the device budget that was planned for.
+        measured_bytes: the highest live bytes that were seen.
+    """
+
+    def __init__(self, budget_bytes: int, measured_bytes: int) -> None:
+        from stowplan.core.units import format_bytes
+
+        self.budget_bytes = budget_bytes
+        self.measured_bytes = measured_bytes
+        super().__init__(
+            f"a step under a plan for {format_bytes(budget_bytes)} ({budget_bytes} bytes) took "
+            f"{format_bytes(measured_bytes)} ({measured_bytes} bytes). Plan anew with budget= lowered by the "
+            f"difference, or leave strict= out to go on with a warning."
+        )
+
+    def __reduce__(self) -> tuple[type[BudgetExceeded], tuple[int, int]]:
+        return type(self), (self.budget_bytes, self.measured_bytes)
 
 
 class PlanMismatch(StowplanError):

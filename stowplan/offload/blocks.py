@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -125,20 +125,48 @@ def _num_parameters(blocks: list[Block]) -> int:
 
 
 def refuse_unsupported(model: torch.nn.Module, blocks: Sequence[Block]) -> None:
-    """Raise UnsupportedModel for what the op tape cannot follow: compiled blocks, blocks that checkpoint themselves."""
+    """Raise UnsupportedModel for what the op tape cannot follow: compiled models and blocks, models that checkpoint
+    themselves, models that are spread over devices. What shows only in a call is refused there (``refusals``).
+    """
+    if isinstance(model, torch.nn.DataParallel):
+        raise UnsupportedModel(
+            "DataParallel copies its model to other devices at every call; stowplan plans for one device a process: "
+            "use DistributedDataParallel, and plan the model inside it."
+        )
+    if _is_compiled(model):
+        raise UnsupportedModel(
+            f"{type(model).__name__} is compiled by torch.compile, which traces other ops than it runs. Plan the "
+            f"uncompiled model (remove torch.compile or .compile(), or pass the module that it was given), and train "
+            f"that one."
+        )
     if any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules()):
         raise UnsupportedModel(
             f"{type(model).__name__} has gradient checkpointing on; stowplan decides what to recompute itself: call "
             f"model.gradient_checkpointing_disable() first."
         )
-    for name, block in blocks:
-        for module in block.modules():
-            compiled = module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
-            if compiled or hasattr(module.forward, "_torchdynamo_orig_callable"):
-                raise UnsupportedModel(
-                    f"{name} is compiled by torch.compile: its kernels bypass the op tape. Plan the uncompiled model "
-                    f"(remove .compile() from the blocks)."
-                )
+    kinds = {(name.rpartition(".")[0], type(block)) for name, block in blocks}
+    siblings = [  # one that torch.compile wrapped is none of the blocks, but was meant to be
+        Block(name, module)
+        for name, module in model.named_modules()
+        if (name.rpartition(".")[0], type(_original(module))) in kinds
+    ]
+    for name, block in dict.fromkeys((*blocks, *siblings)):
+        if any(_is_compiled(module) for module in block.modules()):
+            raise UnsupportedModel(
+                f"{name} is compiled by torch.compile: its kernels bypass the op tape. Plan the uncompiled model "
+                f"(remove .compile() from the blocks)."
+            )
+
+
+def _original(module: torch.nn.Module) -> Any:
+    """What ``torch.compile(module)`` was given; the module itself otherwise."""
+    return getattr(module, "_orig_mod", module)
+
+
+def _is_compiled(module: torch.nn.Module) -> bool:
+    """By ``module.compile()``, ``torch.compile(module)`` or ``torch.compile`` of its forward."""
+    own = module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
+    return own or hasattr(module.forward, "_torchdynamo_orig_callable")
 
 
 _POSITION_NAMES = frozenset({"layer_idx", "layer_id", "layer_number", "layer_index", "block_idx", "idx", "index"})

@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from stowplan.offload.host_slab import HostSlab, Span
+from stowplan.offload.storages import content_of
 from stowplan.offload.tape.replay import view_of
 from stowplan.offload.tape.tape import Geometry
 
@@ -45,7 +46,7 @@ class PlainCopies:
         self.slab = slab
 
     def to_host(self, tensor: torch.Tensor) -> Ticket:
-        storage = _bytes_of(tensor)
+        storage = content_of(tensor)
         span = self.slab.take(storage.numel())
         self.slab.view(span)[: storage.numel()].copy_(storage)
         return Ticket(span, tensor.device, Geometry.of(tensor))
@@ -60,8 +61,3 @@ class PlainCopies:
 
     def release(self, ticket: Ticket) -> None:
         self.slab.give_back(ticket.span)
-
-
-def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor's whole storage as bytes."""
-    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())

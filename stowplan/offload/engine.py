@@ -7,12 +7,15 @@ everything are not touched at all.
 
 from __future__ import annotations
 
+import threading
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import _disable_current_modes
 
 from stowplan.core.errors import PlanMismatch, ReplayMismatch
@@ -23,6 +26,8 @@ from stowplan.offload.buffers import Buffers
 from stowplan.offload.copies import CopyEngine
 from stowplan.offload.intercept import Forward, Interception
 from stowplan.offload.recording import devices_of, parameter_of, record_call
+from stowplan.offload.refusals import refuse_hooks
+from stowplan.offload.tape.checks import Checks
 from stowplan.offload.tape.course import Course, allowed_actions
 from stowplan.offload.tape.proof import prove
 from stowplan.offload.tape.rng import draw_position, set_position
@@ -49,6 +54,8 @@ class Engine:
         decisions: per call, the action of each saved value by name.
         copies: moves swapped values.
         counters: what was done is added here.
+        checks: compares what is brought back for backward; by default a sample.
+        failure_note: goes onto the error of an allocation that fails while values are brought back.
     """
 
     def __init__(
@@ -58,20 +65,26 @@ class Engine:
         decisions: Sequence[Mapping[str, Action]],
         copies: CopyEngine,
         counters: Counters | None = None,
+        checks: Checks | None = None,
+        failure_note: str = "",
     ) -> None:
         refuse_unsupported(model, blocks)
         self.counters = counters if counters is not None else Counters()
+        self.checks = checks if checks is not None else Checks()
         calls: dict[torch.nn.Module, list[Mapping[str, Action]]] = {}
         for block, actions in zip(blocks, decisions, strict=True):
             calls.setdefault(block.module, []).append(actions)
         names = {block.module: block.name for block in blocks}
         self.blocks = [
-            PlannedBlock(Block(names[module], module), planned, copies, self.counters)
+            PlannedBlock(Block(names[module], module), planned, copies, self.counters, self.checks, failure_note)
             for module, planned in calls.items()
             if any(action is not Action.KEEP for actions in planned for action in actions.values())
         ]
         self._repeated = [block for block in self.blocks if len(block.planned) > 1]
         self._interception = Interception(model, self._begin) if self._repeated else None
+        settled = weakref.ref(self.checks)
+        self._stepping = register_optimizer_step_pre_hook(lambda *stepping: _settle(settled))
+        weakref.finalize(self.checks, self._stepping.remove)
 
     def _begin(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A forward pass begins: blocks that are called several times count their calls anew."""
@@ -80,11 +93,16 @@ class Engine:
         return forward(*args, **kwargs)
 
     def remove(self) -> None:
-        """Give every block its own forward back. Graphs already made stay valid."""
+        """Give every block its own forward back. Graphs already made stay valid.
+
+        Raises ReplayMismatch if a comparison whose verdict was still to be read failed.
+        """
         if self._interception is not None:
             self._interception.remove()
         while self.blocks:
             self.blocks.pop().interception.remove()
+        self._stepping.remove()
+        self.checks.settle_from_now_on()
 
 
 class PlannedBlock:
@@ -97,7 +115,13 @@ class PlannedBlock:
     """
 
     def __init__(
-        self, block: Block, planned: Sequence[Mapping[str, Action]], copies: CopyEngine, counters: Counters
+        self,
+        block: Block,
+        planned: Sequence[Mapping[str, Action]],
+        copies: CopyEngine,
+        counters: Counters,
+        checks: Checks,
+        failure_note: str = "",
     ) -> None:
         self.name, self.module = block
         self.planned = [dict(actions) for actions in planned]
@@ -105,27 +129,33 @@ class PlannedBlock:
         self.num_calls = 0  # since the forward pass began
         self.copies = copies
         self.counters = counters
+        self.checks = checks
+        self.failure_note = failure_note
         self.tapes: dict[Signature, Tape] = {}  # the last recording
         self.courses: dict[Signature, Course | None] = {}  # what to follow; None: keep everything
         self.num_recordings: Counter[Signature] = Counter()
         self.numbers = Numbers(self.module)
         self.devices = devices_of(self.module)
-        self.busy = False
+        self.at_work = threading.Lock()
         self.crowded = False
         self.interception = Interception(self.module, self.call)
 
     def call(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The block's forward, its saved tensors packed by plan."""
-        if self.busy or not torch.is_grad_enabled():
+        """The block's forward, its saved tensors packed by plan.
+
+        A call while another is under way (the block calls itself, or another thread calls it) keeps what it saves.
+        """
+        if not torch.is_grad_enabled() or not self.at_work.acquire(blocking=False):
             return forward(*args, **kwargs)
-        number = self.num_calls % len(self.planned)
-        self.num_calls += 1
-        if number in self.untouched:
-            return forward(*args, **kwargs)
-        leaves = flatten(args, kwargs)
-        key = (number, *signature(leaves, kwargs, self.numbers.read()))
-        self.busy = True
         try:
+            number = self.num_calls % len(self.planned)
+            self.num_calls += 1
+            if number in self.untouched:
+                return forward(*args, **kwargs)
+            refuse_hooks(self.name)
+            self.checks.settle()
+            leaves = flatten(args, kwargs)
+            key = (number, *signature(leaves, kwargs, self.numbers.read()))
             if key not in self.courses:
                 return self._record(key, forward, args, kwargs)
             course = self.courses[key]
@@ -133,7 +163,7 @@ class PlannedBlock:
                 return forward(*args, **kwargs)
             return self._follow(key, course, leaves, forward, args, kwargs)
         finally:
-            self.busy = False
+            self.at_work.release()
 
     def _follow(
         self,
@@ -146,7 +176,8 @@ class PlannedBlock:
     ) -> Any:
         position = draw_position(self.devices)
         buffers = Buffers(self.module) if course.tape.writes_buffers else None
-        run = Run(self.name, self.copies, self.counters)
+        run = Run(self.name, self.copies, self.counters, self.checks)
+        run.failure_note = self.failure_note
         run.follow(course, leaves, self._parameter_of, position)
         try:
             with torch.autograd.graph.saved_tensors_hooks(run.packer(), unpack):
@@ -168,9 +199,10 @@ class PlannedBlock:
     def _record(self, key: Signature, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if key not in self.num_recordings and len(self.num_recordings) >= _MAX_SIGNATURES * len(self.planned):
             self._forget_oldest()
-        recording = record_call(self.module, forward, args, kwargs, self.copies, self.counters)
+        recording = record_call(self.module, forward, args, kwargs, self.copies, self.counters, self.checks, self.name)
         self.counters.recorded_calls += 1
         tape, run = recording.recorder.finish(), recording.run
+        run.failure_note = self.failure_note
         with _disable_current_modes():  # a block around this one may be recording, too
             before = self.tapes.get(key)
             agrees = before is not None and before.does_the_same(tape)
@@ -247,6 +279,13 @@ class PlannedBlock:
 
     def _parameter_of(self, name: str) -> torch.Tensor:
         return parameter_of(self.module, name)
+
+
+def _settle(checks: weakref.ref[Checks]) -> None:
+    """An optimizer is about to step, of whatever model."""
+    found = checks()
+    if found is not None:
+        found.settle()
 
 
 def _refuse_second_run(name: str, leaves: Sequence[Any]) -> None:

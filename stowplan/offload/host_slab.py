@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import threading
 import warnings
 import weakref
 from bisect import insort
@@ -43,23 +44,26 @@ class HostSlab:
         # What was given back and is not joined to the holes yet. A value may be given back while the garbage collector
         # runs in the middle of ``take``, or by a thread of autograd: appending is all that ``give_back`` does.
         self._returned: deque[Span] = deque()
+        self._at_work = threading.Lock()  # for the holes; nothing that the collector may call takes it
 
     @property
     def used_bytes(self) -> int:
-        self._join_returned()
-        return self.size_bytes - sum(hole.size_bytes for hole in self._holes)
+        with self._at_work:
+            self._join_returned()
+            return self.size_bytes - sum(hole.size_bytes for hole in self._holes)
 
     def take(self, size_bytes: int) -> Span:
         """Reserve ``size_bytes`` (rounded up to 64 in the slab)."""
         if not size_bytes:
             return Span(0, 0)
         need = _aligned(size_bytes)
-        self._join_returned()
-        for i, hole in enumerate(self._holes):
-            if hole.size_bytes >= need:
-                rest = Span(hole.start + need, hole.size_bytes - need)
-                self._holes[i : i + 1] = [rest] if rest.size_bytes else []
-                return Span(hole.start, size_bytes)
+        with self._at_work:
+            self._join_returned()
+            for i, hole in enumerate(self._holes):
+                if hole.size_bytes >= need:
+                    rest = Span(hole.start + need, hole.size_bytes - need)
+                    self._holes[i : i + 1] = [rest] if rest.size_bytes else []
+                    return Span(hole.start, size_bytes)
         if not self.overflow_bytes:
             warnings.warn(
                 f"the host slab of {format_bytes(self.size_bytes)} is full: swapped values now take host memory beyond "

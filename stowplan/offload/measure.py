@@ -6,6 +6,7 @@ import gc
 import itertools
 import time
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,11 +28,19 @@ class Meter:
     A step begins with the model's first forward after an optimizer step (or with every forward, while no optimizer
     steps), so accumulated micro-batches are one step. Bytes: on the CPU those of the model, of the optimizers that step
     its parameters, and of all that is allocated inside the context; on CUDA all that the process has allocated.
+    ``on_peak`` is told, at the end, the highest peak of the steps in which no block was recorded.
     """
 
-    def __init__(self, model: torch.nn.Module, counters: Counters) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        counters: Counters,
+        on_peak: Callable[[int], object] = lambda peak_bytes: None,
+    ) -> None:
         self.model = model
         self.counters = counters
+        self._on_peak = on_peak
+        self._recorded: list[int] = []
         parameter = next(model.parameters(), None)
         if parameter is None:
             raise InvalidArgument(f"{type(model).__name__} has no parameters: there is no training step to measure.")
@@ -82,6 +91,10 @@ class Meter:
             recomputed_bytes=tuple(b[1] - a[1] for a, b in itertools.pairwise(moved)),
             source="torch profiler memory events" if self._device.type == "cpu" else "CUDA caching allocator",
         )
+        recorded = [b - a for a, b in itertools.pairwise([*self._recorded, self.counters.recorded_calls])]
+        steady = [peak for peak, num in zip(self._measurement.peak_bytes, recorded, strict=True) if not num]
+        if steady and exception[0] is None:
+            self._on_peak(max(steady))
 
     def _on_forward(self, module: torch.nn.Module, args: Any) -> None:
         if not torch.is_grad_enabled() or not self._stepped:
@@ -90,6 +103,7 @@ class Meter:
         synchronize(self._device)
         self._starts.append(time.perf_counter())
         self._moved.append((self.counters.swapped_bytes, self.counters.recomputed_bytes))
+        self._recorded.append(self.counters.recorded_calls)
         self._log.mark("step")
 
     def _on_optimizer_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

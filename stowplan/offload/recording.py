@@ -12,6 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from stowplan.offload.arguments import flatten_named
 from stowplan.offload.copies import CopyEngine
 from stowplan.offload.intercept import Forward
+from stowplan.offload.refusals import refuse_callers
+from stowplan.offload.tape.checks import Checks
 from stowplan.offload.tape.record import Recorder
 from stowplan.offload.tape.rng import Position, draw_position
 from stowplan.offload.tape.run import Counters, Run, unpack
@@ -47,16 +49,21 @@ def record_call(
     kwargs: dict[str, Any],
     copies: CopyEngine,
     counters: Counters,
+    checks: Checks | None = None,
+    name: str = "",
     observe: Callable[[TapeOp], object] = lambda op: None,
 ) -> Recording:
     """Call ``forward`` of the block ``module`` once, recording what it does and holding all that it saves.
 
-    ``observe`` is told of each recorded op, once it has run.
+    ``name`` is what errors call the block; by default its class. ``observe`` is told of each recorded op, once it has
+    run. Raises UnsupportedModel for a block that is checkpointed or called by compiled code.
     """
+    name = name or type(module).__name__
+    refuse_callers(name)
     leaves = flatten_named(forward, args, kwargs)
     position = draw_position(devices_of(module))
-    recorder = Recorder(module, leaves, observe)
-    run = Run(type(module).__name__, copies, counters)
+    recorder = Recorder(module, leaves, name, observe)
+    run = Run(name, copies, counters, checks or Checks())
 
     def pack(tensor: torch.Tensor) -> Any:
         slot = recorder.save(tensor)

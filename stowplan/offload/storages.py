@@ -1,4 +1,4 @@
-"""Bytes of tensors, each storage once."""
+"""Storages behind tensors: their sizes, each once, and their bytes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ from collections.abc import Iterable
 
 import torch
 
-__all__ = ["storage_bytes"]
+__all__ = ["content_of", "storage_bytes"]
+
+
+def content_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor's whole storage as bytes; shares its memory."""
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
 
 
 def storage_bytes(tensors: Iterable[object]) -> int:

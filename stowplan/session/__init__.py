@@ -33,10 +33,11 @@ __all__ = [
 def measure(model: torch.nn.Module) -> Meter:
     """A context around a few training steps; afterwards ``.measurement`` has peaks, seconds and bytes moved, per step.
 
-    The highest live bytes come from torch's own allocator events (CPU) or counters (CUDA).
+    A peak above the budget of the plan in force is told with a warning, or raised (``strict``), or planned for anew
+    (``wrap``). The highest live bytes come from torch's own allocator events (CPU) or counters (CUDA).
     """
     handle = applied(model)
-    return Meter(model, handle.counters if handle is not None else Counters())
+    return Meter(model, Counters()) if handle is None else Meter(model, handle.counters, handle.measured)
 
 
 def report(plan: Plan) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
+from typing import Any
 
 import torch
 
@@ -15,8 +16,12 @@ from stowplan.offload.blocks import Block
 from stowplan.offload.copies import PlainCopies
 from stowplan.offload.engine import Engine
 from stowplan.offload.host_slab import HostSlab
+from stowplan.offload.intercept import Forward, Interception
+from stowplan.offload.observer import memory_observer
+from stowplan.offload.tape.checks import Checks, Verify
 from stowplan.offload.tape.run import Counters
 from stowplan.session.planning import device_of
+from stowplan.session.watching import Watch, failure_note
 
 __all__ = ["AppliedPlan", "applied", "apply"]
 
@@ -33,8 +38,16 @@ class AppliedPlan:
     """
 
     def __init__(
-        self, plan: Plan, model: torch.nn.Module, on_remove: Callable[[torch.nn.Module], object] = lambda model: None
+        self,
+        plan: Plan,
+        model: torch.nn.Module,
+        *,
+        verify: str = Verify.SAMPLE,
+        strict: bool = False,
+        budget_bytes: int | None = None,
+        on_remove: Callable[[torch.nn.Module], object] | None = None,
     ) -> None:
+        self._verify = Verify.of(verify)
         device = device_of(model)
         if plan.hardware.device_type != device.type:
             raise PlanMismatch(
@@ -45,20 +58,48 @@ class AppliedPlan:
             raise InvalidArgument("a plan is applied to this model already; call remove() on its handle first.")
         self.plan = plan
         self.counters = Counters()
-        self._on_remove = on_remove
+        budget_bytes = plan.budget_bytes if budget_bytes is None else budget_bytes
+        self.watch = Watch(plan, budget_bytes, self.counters, memory_observer(device), strict)
+        self._on_remove = on_remove  # wrap's, which watches by itself
         self._model = weakref.ref(model)
+        self._watching: Callable[[], Interception | None] = lambda: None
         self.resume()
 
     def resume(self) -> None:
-        """Put the hooks on the blocks."""
+        """Put the hooks on the blocks, and the watch before the model's forward unless there is nothing to watch."""
         model = self._model()
         assert model is not None
         copies = PlainCopies(_slab(self.plan, model))
-        self.engine = Engine(model, _named_blocks(model, self.plan), _decisions(self.plan), copies, self.counters)
+        blocks, decisions = _named_blocks(model, self.plan), _decisions(self.plan)
+        checks, note = Checks(self._verify), failure_note(self.plan)
+        self.engine = Engine(model, blocks, decisions, copies, self.counters, checks, note)
+        idle = self.plan.declined and not self.watch.strict
+        if not idle and self._on_remove is None:  # the model holds it; this table of plans must not hold the model
+            self._watching = weakref.ref(Interception(model, self._call))
         _applied[model] = self
 
+    def _call(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The model's forward under ``apply``."""
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        self.watch.judge()
+        self.watch.batch(forward, args, kwargs)
+        with self.watch.failures_noted():
+            return forward(*args, **kwargs)
+
+    def measured(self, peak_bytes: int) -> None:
+        """Steps were measured. Under ``wrap`` the next forward plans anew if they took more than the budget; else warns
+        at once. Raises BudgetExceeded if strict.
+        """
+        self.watch.measured(peak_bytes)
+        if self._on_remove is None or self.watch.strict:
+            self.watch.judge()
+
     def suspend(self) -> bool:
-        """Take the hooks off the blocks. False if another plan is in force by now, or none."""
+        """Take the hooks off. False if another plan is in force by now, or none."""
+        watching = self._watching()
+        if watching is not None:
+            watching.remove()
         self.engine.remove()
         model = self._model()
         if model is None or _applied.get(model) is not self:
@@ -71,7 +112,7 @@ class AppliedPlan:
         replaced, does nothing.
         """
         model = self._model()
-        if self.suspend() and model is not None:
+        if self.suspend() and model is not None and self._on_remove is not None:
             self._on_remove(model)
 
     def __enter__(self) -> AppliedPlan:
@@ -83,15 +124,24 @@ class AppliedPlan:
         self.remove()
 
 
-def apply(plan: Plan, model: torch.nn.Module) -> AppliedPlan:
+def apply(plan: Plan, model: torch.nn.Module, *, verify: str = "sample", strict: bool = False) -> AppliedPlan:
     """Carry ``plan`` out on ``model`` from now on: hooks only, the module tree and state dict stay as they are.
 
     The first call of every block with a decision is recorded and its replay proved against the true values.
 
+    Args:
+        verify: what is compared, bit for bit, with what the forward pass had, once it is back for backward. "sample":
+            about 128 bytes of one recomputed value per call of a block, taken in turn. "all": every recomputed and
+            swapped value; a copy of each is held meanwhile, so no memory is saved. "off": nothing. A difference raises
+            ReplayMismatch before an optimizer steps.
+        strict: stop instead of going on with a warning where a batch is larger than planned for (PlanMismatch) or a
+            step took more than the budget (BudgetExceeded, at the next forward or after ``measure``). Steps are seen
+            on CUDA; on the CPU only those that ``measure`` sees.
+
     Raises PlanMismatch if the model is not the one the plan was made for (here, or at a block's first call), and
-    InvalidArgument if a plan is in force on it already.
+    InvalidArgument if a plan is in force on it already or ``verify`` is unknown.
     """
-    return AppliedPlan(plan, model)
+    return AppliedPlan(plan, model, verify=verify, strict=strict)
 
 
 def _named_blocks(model: torch.nn.Module, plan: Plan) -> list[Block]:

@@ -15,12 +15,12 @@ from stowplan.core.errors import InvalidArgument, UnsupportedModel
 from stowplan.core.hardware import Hardware, preset
 from stowplan.core.plan import Plan
 from stowplan.core.units import format_bytes, parse_bytes
-from stowplan.offload.arguments import tensors_in
 from stowplan.offload.blocks import Blocks, find_blocks
 from stowplan.offload.calibrate import RESERVE_BYTES, device_budget_bytes, host_budget_bytes, measure_hardware
 from stowplan.offload.capture import capture
 from stowplan.offload.dry.run import is_fake
 from stowplan.offload.instruments import Instruments
+from stowplan.session.batches import describe
 
 __all__ = ["Batch", "LossFunction", "Size", "device_of", "make_plan", "own_loss", "plan", "replan"]
 
@@ -156,7 +156,7 @@ def make_plan(
     reserve = (f"of the free memory {format_bytes(RESERVE_BYTES)} are left alone",) if options.budget == "auto" else ()
     return Plan(
         model=type(model).__name__,
-        batch=_describe(batch),
+        batch=describe(batch),
         budget_bytes=device_bytes,
         host_budget_bytes=host_bytes,
         hardware=machine,
@@ -285,17 +285,6 @@ def device_of(model: torch.nn.Module) -> torch.device:
     if device.type not in ("cpu", "cuda", "meta"):
         raise UnsupportedModel(f"the model is on {device}; stowplan plans for cpu and cuda.")
     return device
-
-
-def _describe(batch: Any) -> str:
-    arguments = (batch,) if isinstance(batch, torch.Tensor) else batch
-    items = arguments.items() if isinstance(arguments, Mapping) else enumerate(arguments)
-    shapes = [
-        f"{name} {'x'.join(map(str, tensor.shape))} {str(tensor.dtype).removeprefix('torch.')}"
-        for name, item in items
-        for tensor in tensors_in(item)
-    ]
-    return ", ".join(shapes)
 
 
 def _versions() -> tuple[tuple[str, str], ...]:

@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 
-from stowplan.core.errors import InvalidArgument
+from stowplan.core.errors import InfeasibleBudget, InvalidArgument, InvalidSize
 from stowplan.core.plan import Plan
-from stowplan.core.units import parse_bytes
-from stowplan.offload.arguments import flatten_named, tensors_in
+from stowplan.core.units import format_bytes, parse_bytes
+from stowplan.offload.arguments import tensors_in
 from stowplan.offload.blocks import Blocks, find_blocks, refuse_unsupported
 from stowplan.offload.calibrate import measure_hardware
 from stowplan.offload.intercept import Forward, Interception
+from stowplan.offload.tape.checks import Verify
 from stowplan.session.applying import AppliedPlan, applied
-from stowplan.session.planning import Batch, LossFunction, Options, Size, budgets_here, device_of, make_plan, own_loss
+from stowplan.session.batches import exceeds, shapes_of_call
+from stowplan.session.planning import (
+    Batch,
+    LossFunction,
+    Options,
+    Size,
+    budgets_here,
+    device_of,
+    make_plan,
+    own_loss,
+    replan,
+)
+from stowplan.session.watching import Excess
 
 __all__ = ["wrap"]
 
@@ -33,6 +47,8 @@ def wrap(
     blocks: Blocks = None,
     hold_gradients: bool = False,
     hold_output: bool = True,
+    verify: str = "sample",
+    strict: bool = False,
 ) -> Model:
     """Plan at the first batch and carry the plan out from then on; gives the same model back.
 
@@ -40,11 +56,17 @@ def wrap(
     that call's arguments as the batch, then goes on under the plan. Without a loss in the model's output, and without
     ``loss_fn``, the head is captured with the sum of the output as its loss, which is said in the plan's assumptions.
 
+    Where a step takes more than the budget, or an allocation fails, the next forward plans anew for a smaller one, with
+    a warning, from what was captured: less by the excess, or nine tenths of what was predicted. Steps are seen on CUDA;
+    on the CPU those that ``measure`` sees. With ``strict`` neither this nor a larger batch is planned for: PlanMismatch
+    for the batch, BudgetExceeded for the step. ``verify`` is as in ``apply``, all else as in ``plan``.
+
     The plan in force is ``stowplan.applied(model).plan``; ``stowplan.applied(model).remove()`` takes everything away.
 
     Raises InvalidArgument or UnsupportedModel at once for sizes and blocks that cannot be, the rest of what ``plan``
     raises at the forward that plans.
     """
+    Verify.of(verify)
     for size, name in ((budget, "budget"), (host_budget, "host_budget")):
         if size != "auto":
             parse_bytes(size, name)
@@ -52,15 +74,20 @@ def wrap(
         raise InvalidArgument("the model is wrapped, or has a plan applied to it, already; take that away first.")
     refuse_unsupported(model, find_blocks(model, blocks))
     options = Options(budget, host_budget, optimizer, blocks, hold_gradients=hold_gradients, hold_output=hold_output)
-    _Wrapper(model, loss_fn, options)
+    _Wrapper(model, loss_fn, options, verify, strict)
     return model
 
 
 class _Wrapper:
-    """Plans at a model's first training forward, and again when batches grow."""
+    """Plans at a model's first training forward, again when batches grow, and for less when steps take more."""
 
-    def __init__(self, model: torch.nn.Module, loss_fn: LossFunction | None, options: Options) -> None:
+    def __init__(
+        self, model: torch.nn.Module, loss_fn: LossFunction | None, options: Options, verify: str, strict: bool
+    ) -> None:
         self.loss_fn = loss_fn
+        self.verify = verify
+        self.strict = strict
+        self.excess_bytes = 0  # taken off the budget so far
         self.options = options
         self.largest: dict[str, tuple[int, ...]] = {}  # shape of each tensor argument that was planned for
         self.busy = False
@@ -69,15 +96,65 @@ class _Wrapper:
     def call(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.busy or not (torch.is_grad_enabled() and self.interception.module.training):
             return forward(*args, **kwargs)
-        shapes = {name: tuple(leaf.shape) for name, leaf in flatten_named(forward, args, kwargs) if _is_tensor(leaf)}
-        if any(_exceeds(shape, self.largest.get(name)) for name, shape in shapes.items()):
+        handle = applied(self.interception.module)
+        if handle is not None:
+            self._judge(handle, forward, args, kwargs)
+        shapes = shapes_of_call(forward, args, kwargs)
+        if any(exceeds(shape, self.largest.get(name)) for name, shape in shapes.items()):
             self.busy = True
             try:
                 self._plan(forward, args, kwargs)
             finally:
                 self.busy = False
             self.largest = {name: _envelope(shape, self.largest.get(name)) for name, shape in shapes.items()}
-        return forward(*args, **kwargs)
+        handle = applied(self.interception.module)
+        with handle.watch.failures_noted() if handle is not None else nullcontext():
+            return forward(*args, **kwargs)
+
+    def _judge(self, handle: AppliedPlan, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Look at what the steps before took."""
+        if self.strict:
+            handle.watch.judge()
+            handle.watch.batch(forward, args, kwargs)
+            return
+        excess = handle.watch.excess()
+        if excess is not None:
+            self._plan_for_less(handle, excess)
+
+    def _plan_for_less(self, handle: AppliedPlan, excess: Excess) -> None:
+        """Put a plan for a smaller budget in force, from the same capture; if there is none, go on as before."""
+        plan = handle.plan
+        if excess.measured_bytes is not None:
+            budget_bytes = plan.budget_bytes - (excess.measured_bytes - excess.budget_bytes)
+        else:
+            least_bytes = min(plan.least_budget_bytes, plan.prediction.peak_bytes)
+            budget_bytes = max(least_bytes, min(plan.budget_bytes, plan.prediction.peak_bytes) * 9 // 10)
+        try:
+            corrected = _corrected(plan, budget_bytes, f"{excess}: planned for {format_bytes(budget_bytes)} instead")
+        except (InfeasibleBudget, InvalidSize):
+            warnings.warn(
+                f"stowplan.wrap: {excess}; no plan takes so much less (least budget "
+                f"{format_bytes(plan.least_budget_bytes)}), so it stays. Shorten the batch, or raise host_budget=.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return
+        warnings.warn(
+            f"stowplan.wrap: {excess}; planned anew for {format_bytes(budget_bytes)}.", RuntimeWarning, stacklevel=2
+        )
+        self.excess_bytes += plan.budget_bytes - budget_bytes
+        handle.suspend()
+        self._apply(corrected, handle.watch.budget_bytes)
+
+    def _apply(self, plan: Plan, budget_bytes: int) -> None:
+        AppliedPlan(
+            plan,
+            self.interception.module,
+            verify=self.verify,
+            strict=self.strict,
+            budget_bytes=budget_bytes,
+            on_remove=_unwrap,
+        )
 
     def _plan(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Plan for this call and put the plan in force; if there is none, the one before stays in force."""
@@ -91,7 +168,7 @@ class _Wrapper:
             if before is not None:
                 before.resume()
             raise
-        AppliedPlan(made, model, on_remove=_unwrap)
+        self._apply(made, made.budget_bytes + self.excess_bytes)
 
     def _made(self, model: torch.nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:
         batch = {**{str(i): argument for i, argument in enumerate(args)}, **kwargs}
@@ -110,15 +187,17 @@ class _Wrapper:
         made = make_plan(model, lambda: forward(*args, **kwargs), loss_of, batch, machine, budgets, self.options)
         for said in outside:
             warnings.warn(f"stowplan.wrap: {said}.", RuntimeWarning, stacklevel=2)
-        return replace(made, assumptions=(*made.assumptions, *outside))
+        made = replace(made, assumptions=(*made.assumptions, *outside))
+        if not self.excess_bytes:
+            return made
+        budget_bytes = made.budget_bytes - self.excess_bytes
+        return _corrected(made, budget_bytes, f"{format_bytes(self.excess_bytes)} less, as plans before took more")
 
 
-def _is_tensor(leaf: Any) -> bool:
-    return isinstance(leaf, torch.Tensor)
-
-
-def _exceeds(shape: tuple[int, ...], planned: tuple[int, ...] | None) -> bool:
-    return planned is None or len(planned) != len(shape) or any(a > b for a, b in zip(shape, planned, strict=True))
+def _corrected(plan: Plan, budget_bytes: int, reason: str) -> Plan:
+    """The plan for another budget, with the reason among its assumptions."""
+    made = replan(plan, budget=budget_bytes)
+    return replace(made, assumptions=(*made.assumptions, reason))
 
 
 def _envelope(shape: tuple[int, ...], planned: tuple[int, ...] | None) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from stowplan import session
+from stowplan.core.errors import BudgetExceeded, ReplayMismatch
 from stowplan.core.program import Action
 from tests import models
 
@@ -89,3 +90,58 @@ def test_predicted_peak_is_the_allocators() -> None:
 def test_the_automatic_budget_is_what_nvml_leaves() -> None:
     plan = session.plan(models.llama().cuda(), batch_on_device(16))
     assert 0 < plan.budget_bytes < torch.cuda.get_device_properties(0).total_memory
+
+
+class Knob:
+    """A number that no signature sees."""
+
+    scale = 1.0
+
+
+class Turned(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(torch.sin(self.first(x) * Knob.scale))
+
+
+@pytest.mark.parametrize("verify", ["sample", "all"])
+def test_a_failed_check_is_told_before_the_optimizer_steps(verify: str) -> None:
+    """Backward itself ends without waiting for the verdicts."""
+    Knob.scale = 1.0
+    model = torch.nn.Sequential(Turned(), Turned()).cuda()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x = torch.randn(32, 64, device="cuda")
+    roomy = session.plan(model, x, budget="1GiB", host_budget="1GiB", loss_fn=lambda output, batch: output.sum())
+    recomputed = tuple(
+        tuple(Action.RECOMPUTE if Action.RECOMPUTE in p.values[i].actions else Action.KEEP for i in p.saved)
+        for p in (roomy.step.program_of(block) for block in range(2))
+    )
+    with session.apply(replace(roomy, decisions=recomputed), model, verify=verify):
+        for _ in range(3):
+            model(x).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        before = [p.detach().clone() for p in model.parameters()]
+        Knob.scale = 0.5
+        torch.stack([model(x).sum() for _ in range(4)]).sum().backward()
+        with pytest.raises(ReplayMismatch, match="not what the forward pass had"):
+            optimizer.step()
+        assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_a_step_above_the_budget_is_seen_in_passing() -> None:
+    model = models.llama(num_blocks=4, hidden=64).cuda()
+    plan = session.plan(model, batch_on_device(), budget="8GiB", host_budget="1GiB")
+    low = session.replan(plan, budget=(plan.unplanned.peak_bytes + plan.least_budget_bytes) // 2)
+    with session.apply(low, model, strict=True):
+        for _ in range(4):
+            model(**batch_on_device()).loss.backward()
+            model.zero_grad()
+        ballast = torch.empty(low.budget_bytes, dtype=torch.uint8, device="cuda")
+        model(**batch_on_device()).loss.backward()
+        del ballast
+        with pytest.raises(BudgetExceeded):
+            model(**batch_on_device())

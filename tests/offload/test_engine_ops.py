@@ -108,11 +108,6 @@ def _samples(block: Any, x: torch.Tensor) -> torch.Tensor:
     return block.second(functional.dropout(hidden.gather(1, columns) * mask, 0.3).tanh()) + x
 
 
-def _checkpointed(block: Any, x: torch.Tensor) -> torch.Tensor:
-    inner = torch.utils.checkpoint.checkpoint(lambda y: block.first(y).sin().exp(), x, use_reentrant=False)
-    return block.second(inner.tanh()) + x
-
-
 BODIES = [
     feed_forward,
     with_dropout,
@@ -124,7 +119,6 @@ BODIES = [
     _an_outside_tensor,
     _random_numbers_of_all_kinds,
     _samples,
-    _checkpointed,
     views_of_the_input,
 ]
 

@@ -1,8 +1,15 @@
-"""Forwards and backwards in every order that training makes them, and errors on the way."""
+"""Forwards and backwards in every order that training makes them, and errors on the way.
+
+Hard cases and where they are tested: accumulation, several forwards in flight, retained graphs, double and partial
+backward, exceptions, no growth: here. In-place ops, opaque values, random ops: test_engine_ops. What is changed before
+backward: test_engine_in_place. No-grad, eval: test_engine_signatures. Calls that differ: test_engine_departures.
+Threads: test_engine_threads. Constants that nothing shows: test_checks.
+"""
 
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +21,7 @@ from stowplan.offload.blocks import Block
 from stowplan.offload.copies import PlainCopies
 from stowplan.offload.engine import Engine
 from stowplan.offload.host_slab import HostSlab
+from stowplan.offload.memory_log import memory_log
 from stowplan.offload.tape.run import Cell, Run
 from tests.offload.toys import (
     KEEP,
@@ -151,6 +159,50 @@ def test_partial_backward_and_a_dropped_graph_leave_nothing(policy: str) -> None
         assert num_alive(Run, Cell) == 0
 
 
+def _hidden_states(model: Any, step: int) -> tuple[torch.Tensor, ...]:
+    outputs = model(**tokens(step), use_cache=False, output_hidden_states=True)
+    return outputs.hidden_states  # type: ignore[no-any-return]
+
+
+@all_policies
+@pytest.mark.parametrize("order", [(1,), (3,), (1, 3), (3, 1), (2, 1, 3)])
+def test_backward_from_some_of_the_outputs(order: tuple[int, ...], policy: str) -> None:
+    """Later blocks do not take part, or each output has a backward of its own over what they share."""
+
+    def train(model: Any) -> Tensors:
+        found: Tensors = []
+        for step in range(NUM_STEPS):
+            model.zero_grad()
+            states = _hidden_states(model, step)
+            for number in order:
+                states[number].square().mean().backward(retain_graph=number != order[-1])
+            found += gradients(model)
+        return found
+
+    assert_exact(make_gpt2, train, policy, call_language_model)
+
+
+@all_policies
+def test_gradients_of_some_parameters(policy: str) -> None:
+    """``torch.autograd.grad`` and ``backward(inputs=)`` visit a part of the graph; the rest may follow, or not."""
+
+    def train(model: Any) -> Tensors:
+        found: Tensors = []
+        blocks = model.transformer.h
+        for step in range(2 * NUM_STEPS):
+            loss = model(**tokens(step), use_cache=False).loss
+            found += torch.autograd.grad(loss, [blocks[2].mlp.c_fc.weight, blocks[2].ln_1.bias], retain_graph=True)
+            loss.backward(inputs=[blocks[1].attn.c_attn.weight], retain_graph=True)
+            if step % 2:
+                loss.backward()
+            found += gradients(model)
+            model.zero_grad()
+        return found
+
+    planned = assert_exact(make_gpt2, train, policy, call_language_model)
+    assert planned.slab.used_bytes == 0
+
+
 @all_policies
 @pytest.mark.parametrize("num_calls", [1, NUM_STEPS])
 def test_a_loss_dropped_without_backward_leaves_nothing(num_calls: int, policy: str) -> None:
@@ -173,6 +225,29 @@ def test_nothing_grows_in_sixty_steps(policy: str) -> None:
             planned.model.zero_grad()
             alive.append((num_alive(torch.Tensor), num_alive(Run, Cell), planned.slab.used_bytes))
     assert alive[2:] == [(alive[2][0], 0, 0)] * 58
+
+
+@pytest.mark.slow
+@all_policies
+def test_live_bytes_do_not_grow_in_two_hundred_steps(policy: str) -> None:
+    """By the allocator's own log, with all that a training loop does."""
+    planned = put_under_plan(stack(with_dropout), policy, call_toy)
+    model = planned.model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    with memory_log(torch.device("cpu")) as log:
+        for step in range(200):
+            log.mark("step")
+            model(rows()).square().mean().backward()
+            if step % 3 == 0:
+                model(rows())  # a forward without a backward
+            optimizer.step()
+            optimizer.zero_grad()
+            if step % 50 == 0:
+                gc.collect()
+    ends = [segment.end_bytes for segment in log.segments[1:]]
+    assert max(ends[100:]) == max(ends[10:100])
+    assert planned.slab.used_bytes == 0
+    assert planned.slab.overflow_bytes == 0
 
 
 @all_policies

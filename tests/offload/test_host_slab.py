@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from itertools import pairwise
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stowplan.offload import host_slab
 from stowplan.offload.host_slab import HostSlab, Span
 
 ALIGNMENT = 64
@@ -101,3 +103,34 @@ def test_the_slab_is_no_memory_of_the_cpu_allocator() -> None:
         slab = HostSlab(2**20)
     assert sum(abs(event.cpu_memory_usage) for event in profile.events()) < 2**10
     assert slab.view(Span(0, 2**20)).sum() == 0
+
+
+class Holder:
+    """Gives its span back when the garbage collector finds it: it is part of a circle."""
+
+    def __init__(self, slab: HostSlab, span: Span) -> None:
+        self.slab, self.span, self.itself = slab, span, self
+
+    def __del__(self) -> None:
+        self.slab.give_back(self.span)
+
+
+def test_what_the_collector_gives_back_in_the_middle_of_a_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The collector may run wherever an object is made, so also between two steps of joining holes."""
+    slab = HostSlab(8 * ALIGNMENT)
+    spans = [slab.take(ALIGNMENT) for _ in range(8)]
+    for span in spans[::2]:
+        slab.give_back(span)
+    late = [Holder(slab, span) for span in spans[1::2]]
+
+    def insort_and_collect(holes: list[Span], span: Span) -> None:
+        insort(holes, span)
+        if late:
+            late.pop()
+            gc.collect()
+
+    insort = host_slab.insort
+    monkeypatch.setattr(host_slab, "insort", insort_and_collect)
+    assert slab.take(8 * ALIGNMENT) == Span(0, 8 * ALIGNMENT)
+    assert not late
+    assert slab.used_bytes == slab.size_bytes

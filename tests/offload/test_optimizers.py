@@ -152,6 +152,29 @@ def test_a_learning_rate_in_a_tensor() -> None:
     assert rate.item() == pytest.approx(1e-3)
 
 
+class RemembersSteps(torch.optim.SGD):
+    """Lists, sets and dicts of its own, written by every step."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, lr=0.1)
+        self.history: list[int] = []
+        self.seen: set[int] = set()
+        self.norms: dict[str, float] = {}
+
+    def step(self, closure: Any = None) -> None:
+        super().step(closure)
+        self.history.append(len(self.history))
+        self.seen.add(len(self.seen))
+        self.norms[str(len(self.norms))] = 1.0
+
+
+def test_lists_of_the_optimizer_are_not_written_by_the_stand_ins() -> None:
+    optimizer = RemembersSteps(model_with_gradients().parameters())
+    optimizer.step()
+    optimizer_cost(optimizer)
+    assert (optimizer.history, optimizer.seen, optimizer.norms) == ([0], {0}, {"0": 1.0})
+
+
 def test_groups_and_frozen_parameters() -> None:
     model = model_with_gradients()
     model[0].requires_grad_(False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from enum import Enum
 from typing import NamedTuple
@@ -74,6 +75,7 @@ class Course:
             if slot.value in actions:
                 self._geometries[slot.value] = slot.geometry
         self._replays: dict[tuple[int, ...], Replay] = {}
+        self.turns = itertools.count()  # of calls, for what is done in turn
 
     def replay(self, targets: tuple[int, ...]) -> Replay:
         """The function that makes ``targets``; compiled at first use."""

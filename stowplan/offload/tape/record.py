@@ -8,6 +8,7 @@ Note: identity of storages
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from stowplan.offload.arguments import tensors_in
+from stowplan.offload.refusals import refuse_checkpoint_inside
 from stowplan.offload.tape.rules import (
     ALLOCATIONS,
     advances_by_shape,
@@ -53,6 +55,7 @@ class Recorder(TorchDispatchMode):
         self,
         block: torch.nn.Module,
         leaves: Sequence[tuple[str, Any]],
+        name: str = "",
         observe: Callable[[TapeOp], object] = lambda op: None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -64,13 +67,14 @@ class Recorder(TorchDispatchMode):
         self._names: Counter[str] = Counter()
         self._stack: list[str] = [""]
         self._block = block
+        self._name = name or type(block).__name__
         self._can_rewind = True  # until a random op whose use of the generator cannot be repeated on stand-ins
-        for position, (name, leaf) in enumerate(leaves):
+        for position, (argument, leaf) in enumerate(leaves):
             if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided:
-                known = _Known(Origin.INPUT, name, position, Geometry.of(leaf))
+                known = _Known(Origin.INPUT, argument, position, Geometry.of(leaf))
                 self._known.setdefault(_storage_key(leaf), known)
-        for name, tensor in _own_tensors(block):
-            self._known[_storage_key(tensor)] = _Known(Origin.PARAMETER, name, -1, Geometry.of(tensor))
+        for parameter, tensor in _own_tensors(block):
+            self._known[_storage_key(tensor)] = _Known(Origin.PARAMETER, parameter, -1, Geometry.of(tensor))
 
     # ---- what the hooks call --------------------------------------------------------------------------------------
     def save(self, tensor: torch.Tensor) -> Slot | None:
@@ -117,6 +121,7 @@ class Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        refuse_checkpoint_inside(self._name)
         result = self._record(func, args, kwargs) if self._is_dense(args, kwargs) else func(*args, **kwargs)
         if not self._is_dense((result,), {}):
             self.tape.forbid_steady("a sparse tensor")
@@ -235,12 +240,15 @@ class Recorder(TorchDispatchMode):
 def module_stack(block: torch.nn.Module, stack: list[str]) -> Iterator[None]:
     """Keep in ``stack`` the dotted names of the block's modules that are running."""
     names = {id(module): name for name, module in block.named_modules()}
+    own_thread = threading.get_ident()  # the hooks are everybody's
 
     def enter(module: torch.nn.Module, args: Any) -> None:
-        stack.append(names.get(id(module), stack[-1]))
+        if threading.get_ident() == own_thread:
+            stack.append(names.get(id(module), stack[-1]))
 
     def leave(module: torch.nn.Module, args: Any, result: Any) -> None:
-        stack.pop()
+        if threading.get_ident() == own_thread:
+            stack.pop()
 
     entering = torch.nn.modules.module.register_module_forward_pre_hook(enter)
     leaving = torch.nn.modules.module.register_module_forward_hook(leave, always_call=True)
@@ -290,7 +298,9 @@ def _indexes_by_numbers(func: Any, args: tuple[Any, ...]) -> bool:
 
 def _flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
     if "scaled_dot_product" in func._schema.name and func.overloadpacket not in flop_registry:
-        return int(sdpa_flop_count(*(argument.shape for argument in args[:3])))  # the CPU's kernel is not registered
+        # The CPU's kernel is not registered. Older formulas know nothing of heads that are shared between queries.
+        query, key, value = (argument.shape for argument in args[:3])
+        return int(sdpa_flop_count(query, (*query[:-2], *key[-2:]), (*query[:-2], *value[-2:])))
     formula = flop_registry.get(func.overloadpacket)
     return int(formula(*args, **kwargs, out_val=result)) if formula is not None else 0
 

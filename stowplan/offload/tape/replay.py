@@ -7,16 +7,20 @@ replayed as ops: an argument is ``as_strided`` out of its storage where its geom
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 
-from stowplan.offload.tape.rng import Position, rewound
+from stowplan.offload.tape.rng import Position, rewound, stands_at
 from stowplan.offload.tape.tape import Geometry, Ref, Tape, TapeOp, map_refs
 
-__all__ = ["Replay", "advance", "below_autograd", "view_of"]
+__all__ = ["Replay", "Strayed", "advance", "below_autograd", "view_of"]
+
+
+class Strayed(Exception):
+    """The generator does not end where the forward pass left it: somebody else drew from it, then or now."""
 
 
 class Replay:
@@ -33,13 +37,25 @@ class Replay:
         self.sources = tuple(sorted(sources))
         self.ops = tuple(ops)
         self.random = any(tape.ops[k].random for k in ops)
+        # Where the generators end can be told only if the last that the block drew is drawn again.
+        last_random = _last_random(tape, ops)
+        self.reaches_end = last_random == _last_random(tape, range(len(tape.ops)))
         writer = _Writer(tape, self.sources, geometries)
-        self.source, self._call = writer.write(self.ops, self.targets)
+        self.source, self._call = writer.write(self.ops, self.targets, last_random)
 
-    def __call__(self, sources: Sequence[torch.Tensor], position: Position) -> Sequence[torch.Tensor]:
-        """Make the targets. ``position`` is where the generators stood when the block began; empty if not random."""
+    def __call__(
+        self, sources: Sequence[torch.Tensor], position: Position, ending: Position | None = None
+    ) -> Sequence[torch.Tensor]:
+        """Make the targets. ``position`` is where the generators stood when the block began, ``ending`` when it ended;
+        both are empty if not random.
+
+        Raises Strayed if the block's own ops do not get the generators from the one to the other, as far as they are
+        run to the end.
+        """
         with below_autograd(), rewound(position) if self.random else nullcontext():
             tensors: Sequence[torch.Tensor] = self._call(*sources)
+            if self.random and self.reaches_end and not stands_at(ending or {}):
+                raise Strayed
         return tensors
 
 
@@ -61,6 +77,10 @@ def view_of(tensor: torch.Tensor, geometry: Geometry) -> torch.Tensor:
     return tensor.as_strided(size, stride, offset)
 
 
+def _last_random(tape: Tape, ops: Iterable[int]) -> int:
+    return max((k for k in ops if tape.ops[k].random), default=-1)
+
+
 class _Writer:
     """Writes the source of one replay function. Variables: ``v3`` value 3 made here, ``s3`` value 3 as a source."""
 
@@ -74,9 +94,8 @@ class _Writer:
         self.constants |= {"advance": advance, "tape": tape}
         self.numbers = itertools.count()
 
-    def write(self, ops: Sequence[int], targets: Sequence[int]) -> tuple[str, Callable[..., Any]]:
+    def write(self, ops: Sequence[int], targets: Sequence[int], last_random: int) -> tuple[str, Callable[..., Any]]:
         last_use = self._last_uses(ops, targets)
-        last_random = max((k for k in ops if self.tape.ops[k].random), default=-1)
         chosen = set(ops)
         for k, op in enumerate(self.tape.ops):
             if k in chosen:

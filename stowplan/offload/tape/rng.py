@@ -9,7 +9,7 @@ import torch
 
 from stowplan.offload.tape.tape import Tape
 
-__all__ = ["Position", "draw_position", "random_devices", "restored", "rewound"]
+__all__ = ["Position", "draw_position", "random_devices", "restored", "rewound", "set_position", "stands_at"]
 
 # State of each generator at one moment, by device.
 Position = dict[torch.device, torch.Tensor]
@@ -44,6 +44,11 @@ def restored(devices: Iterable[torch.device]) -> Iterator[None]:
         yield
     finally:
         set_position(now)
+
+
+def stands_at(position: Position) -> bool:
+    """Do the generators stand at ``position``?"""
+    return all(torch.equal(_generator(device).get_state(), state) for device, state in position.items())
 
 
 def set_position(position: Position) -> None:

@@ -10,8 +10,9 @@ Note: who keeps what alive
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,14 +21,14 @@ import torch
 from stowplan.core.errors import ReplayMismatch
 from stowplan.core.program import Action
 from stowplan.offload.copies import CopyEngine, Ticket
+from stowplan.offload.observer import is_allocation_failure
+from stowplan.offload.tape.checks import Checks, Verify, Witness
 from stowplan.offload.tape.course import Course, Fate, SlotCourse
-from stowplan.offload.tape.replay import view_of
-from stowplan.offload.tape.rng import Position
+from stowplan.offload.tape.replay import Strayed, view_of
+from stowplan.offload.tape.rng import Position, draw_position
 from stowplan.offload.tape.tape import Geometry
 
-# Of one recomputed value per call, taken in turn.
-_NUM_SAMPLED_BYTES = 128
-
+_CPU = torch.device("cpu")
 _PASS, _KEEP, _SWAP = Fate.PASS, Fate.KEEP, Fate.SWAP
 
 __all__ = ["Cell", "Counters", "Departure", "Run", "unpack"]
@@ -46,6 +47,7 @@ class Counters:
     recorded_calls: int = 0
     steady_calls: int = 0
     departures: int = 0
+    allocation_failures: int = 0  # while values were brought back for backward
 
 
 class HostCopy:
@@ -97,18 +99,20 @@ class Run:
     (``pack_recording``) until ``adopt`` or ``keep_all``.
     """
 
-    def __init__(self, name: str, copies: CopyEngine, counters: Counters) -> None:
+    def __init__(self, name: str, copies: CopyEngine, counters: Counters, checks: Checks) -> None:
         self.name = name
         self.copies = copies
         self.counters = counters
+        self.checks = checks
+        self.failure_note = ""  # for an allocation that fails while values are brought back
+        self.lock = threading.Lock()  # several threads may run backward on graphs that share this call
         self.slots: Iterator[SlotCourse] = iter(())  # those to come
         self.cells: dict[int, Cell] = {}
         self.departing: dict[int, tuple[torch.Tensor, int]] = {}  # to be copied to the host when the block is over
         self.sources: dict[int, torch.Tensor | HostCopy] = {}
         self.versions: list[tuple[torch.Tensor, int, int]] = []
         self.waiting: list[weakref.ref[Cell]] = []
-        self.sampled: int | None = None  # a recomputed value of which a few elements are kept, to check the replay by
-        self.sample: torch.Tensor | None = None
+        self.witnesses: dict[int, Witness] = {}  # of values that will be compared when they are back
 
     def follow(
         self, course: Course, leaves: Sequence[Any], parameter_of: Callable[[str], torch.Tensor], position: Position
@@ -120,12 +124,21 @@ class Run:
         """
         self.course = course
         self.position = {device: position[device] for device in course.random}
-        if course.targets:
-            self.sampled = course.targets[self.counters.steady_calls % len(course.targets)]
+        self.ending: Position = {}
+        self.turn = next(course.turns)
+        self.witnessed = self._to_witness()
         for value, index in course.inputs:
             self._hold(value, leaves[index].detach())
         for value, name in course.parameters:
             self._hold(value, parameter_of(name).detach())  # the storage of now, whatever .data is set to
+
+    def _to_witness(self) -> Collection[int]:
+        course, verify = self.course, self.checks.verify
+        if verify is Verify.ALL:
+            return course.actions.keys()
+        if verify is Verify.SAMPLE and course.targets:
+            return (course.targets[self.turn % len(course.targets)],)
+        return ()
 
     def _hold(self, value: int, tensor: torch.Tensor) -> None:
         self.sources[value] = tensor
@@ -137,7 +150,7 @@ class Run:
 
         It raises Departure where the tape says something else.
         """
-        course, cells, departing = self.course, self.cells, self.departing
+        course, cells, departing, witnessed = self.course, self.cells, self.departing, self.witnessed
         slots = self.slots = iter(course.slots)
         open_ended = course.open_ended
 
@@ -167,8 +180,8 @@ class Run:
                 cell = cells[value] = Cell(self, value)
                 if fate is _SWAP:
                     departing[value] = tensor.detach(), tensor._version
-                elif value == self.sampled:
-                    self.sample = _few_elements(tensor)
+                if value in witnessed:
+                    self._witness(value, tensor)
             return cell, geometry
 
         return pack
@@ -196,6 +209,8 @@ class Run:
                 continue
             if action is Action.SWAP:
                 self.departing[value] = cell.tensor, cell.tensor._version
+            if value in self.witnessed:
+                self._witness(value, cell.tensor)
             cell.tensor, cell.version = None, None
 
     def keep_all(self) -> None:
@@ -222,12 +237,27 @@ class Run:
             self.counters.swapped_bytes += tensor.untyped_storage().nbytes()
             if value in self.course.sources:
                 self.sources[value] = host
+        if _CPU in self.position:
+            self.ending = draw_position([_CPU])
         self.waiting = [weakref.ref(cell) for cell in self.cells.values()]
         self.cells.clear()
+
+    def _witness(self, value: int, tensor: torch.Tensor) -> None:
+        self.witnesses[value] = self.checks.witness(tensor, self.turn)
 
     # ---- backward -------------------------------------------------------------------------------------------------
     def restore(self) -> None:
         """Bring back every value of the block that is still wanted: copy in, then replay."""
+        try:
+            self._restore()
+        except (RuntimeError, MemoryError) as error:
+            if is_allocation_failure(error):
+                self.counters.allocation_failures += 1
+                error.add_note(f"stowplan: while values of {self.name} were brought back for backward.")
+                error.add_note(self.failure_note)
+            raise
+
+    def _restore(self) -> None:
         wanted = {cell.value: cell for ref in self.waiting if (cell := ref()) is not None}
         for cell in wanted.values():
             if cell.host is not None:
@@ -238,26 +268,22 @@ class Run:
                 if tensor._version != version:
                     raise _changed(self.course.tape.values[value].name)
             replay = self.course.replay(targets)
-            tensors = replay([self._source(value) for value in replay.sources], self.position)
+            try:
+                tensors = replay([self._source(value) for value in replay.sources], self.position, self.ending)
+            except Strayed:
+                raise _disturbed(self.name) from None
             for value, tensor in zip(targets, tensors, strict=True):
                 wanted[value].tensor = tensor
                 self.counters.recomputed_bytes += self.course.tape.values[value].size_bytes
-                if value == self.sampled:
-                    self._check_sample(value, tensor)
+        for value, witness in self.witnesses.items():
+            if value in wanted and (tensor_back := wanted[value].tensor) is not None:
+                self.checks.compare(witness, tensor_back, self.name, self.course.tape.values[value].name)
         for cell in wanted.values():
             cell.run = cell.host = None
         self.waiting.clear()
         self.sources.clear()
         self.versions.clear()
-
-    def _check_sample(self, value: int, tensor: torch.Tensor) -> None:
-        if self.sample is not None and not torch.equal(self.sample, _few_elements(tensor)):
-            raise ReplayMismatch(
-                f"{self.course.tape.values[value].name!r} of {self.name} was recomputed and is not what the forward "
-                f"pass had: the block computes with something that changes from call to call and is neither an "
-                f"argument nor a number held by its modules. The gradients of this step are not usable; leave the "
-                f"block out of the plan (blocks=)."
-            )
+        self.witnesses.clear()
 
     def _source(self, value: int) -> torch.Tensor:
         source = self.sources.get(value)
@@ -276,8 +302,11 @@ def unpack(packed: Any) -> torch.Tensor:
     if type(first) is Cell:
         tensor = first.tensor
         if tensor is None:
-            assert first.run is not None
-            first.run.restore()
+            run = first.run
+            if run is not None:
+                with run.lock:
+                    if first.tensor is None:
+                        run.restore()
             tensor = first.tensor
             assert tensor is not None
         if first.version is not None and tensor._version != first.version:
@@ -286,13 +315,6 @@ def unpack(packed: Any) -> torch.Tensor:
     if first._version != rest:
         raise _modified(first, rest)
     return first  # type: ignore[no-any-return]
-
-
-def _few_elements(tensor: torch.Tensor) -> torch.Tensor:
-    """Bytes spread over the tensor's storage, copied."""
-    whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
-    step = max(1, whole.numel() // _NUM_SAMPLED_BYTES) | 1  # odd: every byte of a number gets its turn
-    return whole[::step].clone()
 
 
 def _modified(tensor: torch.Tensor, version: int) -> RuntimeError:
@@ -307,4 +329,12 @@ def _changed(name: str) -> ReplayMismatch:
     return ReplayMismatch(
         f"{name!r} was changed in place between the block's forward and its backward, so the block's values cannot be "
         f"recomputed from it. Make the change after backward, or leave this block out of the plan (blocks=)."
+    )
+
+
+def _disturbed(name: str) -> ReplayMismatch:
+    return ReplayMismatch(
+        f"random numbers of {name} cannot be drawn again: another thread used the CPU's random generator while the "
+        f"block's forward or its replay ran. Give that thread a torch.Generator of its own, or leave this block out of "
+        f"the plan (blocks=)."
     )

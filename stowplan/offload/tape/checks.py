@@ -1,0 +1,107 @@
+"""Comparing what backward gets with what the forward pass had.
+
+The signature of a call cannot see everything that a block computes with (a number in a closure or a dict, say). So some
+bytes of what is recomputed are kept and compared after the replay; on demand, all bytes of all that was away.
+
+Note: when a check is read
+    On the CPU a comparison is over at once and a difference is raised inside backward. A device that runs ahead of the
+    host would have to be waited for, so there the verdicts stay on the device until ``settle``: at the next call of a
+    planned block and, at the latest, before any optimizer steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import StrEnum
+
+import torch
+
+from stowplan.core.errors import InvalidArgument, ReplayMismatch
+from stowplan.offload.storages import content_of
+
+__all__ = ["Checks", "Verify"]
+
+# Of one recomputed value per call, taken in turn.
+_NUM_SAMPLED_BYTES = 128
+
+
+class Verify(StrEnum):
+    """What is compared after a replay."""
+
+    OFF = "off"  # nothing
+    SAMPLE = "sample"  # about 128 bytes of one recomputed value per call, taken in turn
+    ALL = "all"  # every byte of every value that was recomputed or swapped: holds them all meanwhile
+
+    @staticmethod
+    def of(name: str) -> Verify:
+        """Raises InvalidArgument for a name that is none of these."""
+        if name not in tuple(Verify):
+            raise InvalidArgument(f"verify={name!r} is not known; allowed: {', '.join(map(repr, map(str, Verify)))}.")
+        return Verify(name)
+
+
+class Witness:
+    """Some bytes of a storage as the forward pass had them."""
+
+    __slots__ = ("chosen", "content")
+
+    def __init__(self, content: torch.Tensor, chosen: slice) -> None:
+        self.content = content
+        self.chosen = chosen
+
+
+def _runs_ahead(device: torch.device) -> bool:
+    return device.type != "cpu"
+
+
+class Checks:
+    """The comparisons of one engine. ``runs_ahead`` tells devices whose verdicts are read later."""
+
+    def __init__(
+        self, verify: Verify = Verify.SAMPLE, runs_ahead: Callable[[torch.device], bool] = _runs_ahead
+    ) -> None:
+        self.verify = verify
+        self._runs_ahead = runs_ahead
+        self._pending: list[tuple[torch.Tensor, str, str]] = []
+
+    def witness(self, tensor: torch.Tensor, turn: int) -> Witness:
+        """A copy of what ``verify`` asks to be compared of ``tensor``'s storage; ``turn`` shifts the sample."""
+        if self.verify is Verify.ALL:
+            return Witness(content_of(tensor).clone(), slice(None))
+        num_bytes = tensor.untyped_storage().nbytes()
+        step = max(1, num_bytes // _NUM_SAMPLED_BYTES) | 1  # odd: every byte of a number gets its turn
+        chosen = slice(turn % min(step, max(num_bytes, 1)), None, step)
+        return Witness(content_of(tensor)[chosen].clone(), chosen)
+
+    def compare(self, witness: Witness, tensor: torch.Tensor, block: str, value: str) -> None:
+        """Raise ReplayMismatch if ``tensor`` is not what was witnessed, now or when checks are settled."""
+        found = content_of(tensor)[witness.chosen]
+        if not self._runs_ahead(tensor.device):
+            if not torch.equal(witness.content, found):
+                raise _mismatch(block, value)
+            return
+        self._pending.append(((witness.content != found).any(), block, value))
+
+    def settle(self) -> None:
+        """Wait for the verdicts that are still on the device. Raises ReplayMismatch for the first bad one."""
+        pending, self._pending = self._pending, []
+        if not pending:
+            return
+        verdicts: list[bool] = torch.stack([flag for flag, _, _ in pending]).tolist()
+        for differs, (_, block, value) in zip(verdicts, pending, strict=True):
+            if differs:
+                raise _mismatch(block, value)
+
+    def settle_from_now_on(self) -> None:
+        """Settle, and compare at once whatever comes later: nobody will ask any more."""
+        self._runs_ahead = lambda device: False
+        self.settle()
+
+
+def _mismatch(block: str, value: str) -> ReplayMismatch:
+    return ReplayMismatch(
+        f"{value!r} of {block} was brought back for backward and is not what the forward pass had: the block computes "
+        f"with something that changes from call to call and is neither an argument nor a number held by its modules. "
+        f"The gradients of this step are not usable, and no optimizer has stepped on them; leave the block out of the "
+        f"plan (blocks=)."
+    )
