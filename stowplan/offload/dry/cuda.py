@@ -73,10 +73,11 @@ def _patch_python(stack: ExitStack, target: CudaTarget) -> None:
     ):
         _probe(place, name)
         stack.enter_context(patch.object(place, name, functools.partial(_answer, answer)))
-    optimizer = importlib.import_module("torch.optim.optimizer")  # torch.optim forgets the attribute
-    _probe(optimizer, "_foreach_supported_types")
-    plain = optimizer._foreach_supported_types
-    stack.enter_context(patch.object(optimizer, "_foreach_supported_types", [*plain, FakeTensor]))
+    for module in ("torch.optim.optimizer", "torch.utils._foreach_utils"):
+        place = importlib.import_module(module)  # torch.optim forgets the attribute
+        _probe(place, "_foreach_supported_types")
+        plain = place._foreach_supported_types
+        stack.enter_context(patch.object(place, "_foreach_supported_types", [*plain, FakeTensor]))
 
 
 def _answer(answer: Any, *_: Any, **__: Any) -> Any:
