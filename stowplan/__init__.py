@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from stowplan.core.hardware import Hardware
     from stowplan.core.plan import Measurement, Plan, Prediction
     from stowplan.core.program import Action
-    from stowplan.session import applied, apply, measure, plan, replan, report, wrap
+    from stowplan.session import applied, apply, dry, measure, plan, replan, report, wrap
 
 __version__ = "0.1.0"
 
@@ -53,6 +53,7 @@ __all__ = [
     "__version__",
     "applied",
     "apply",
+    "dry",
     "measure",
     "plan",
     "replan",
@@ -64,7 +65,7 @@ _HOMES = {
     "stowplan.core.hardware": ("Hardware",),
     "stowplan.core.plan": ("Measurement", "Plan", "Prediction"),
     "stowplan.core.program": ("Action",),
-    "stowplan.session": ("applied", "apply", "measure", "plan", "replan", "report", "wrap"),
+    "stowplan.session": ("applied", "apply", "dry", "measure", "plan", "replan", "report", "wrap"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

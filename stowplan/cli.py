@@ -8,7 +8,7 @@ when it runs, so that help and reports come at once.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -64,6 +64,7 @@ PLAN_EXAMPLES = """Examples:
   stowplan plan --model train.py:job --budget 60GiB --out plan.json
   stowplan plan --model-config llama/config.json --seq-len 4096 --batch-size 1 --budget 8GiB
   stowplan plan --model mypackage.jobs:small --budget 512MiB --json > plan.json
+  stowplan plan --model-config llama-3-8b/ --seq-len 8192 --dtype bfloat16 --hardware h100-sxm
 
 The function after the colon takes no arguments and returns (model, batch), (model, batch, optimizer), or a dict or
 object with these names. Exit code 3: no plan fits; the message names the least budget that has one.
@@ -98,8 +99,11 @@ def plan_command(
         str, typer.Option(metavar="SIZE|auto", help="Bytes on the host for swapped values.")
     ] = "auto",
     hardware: Annotated[
-        str | None, typer.Option(metavar="NAME", help="A known machine instead of measuring this one: h100-sxm, ...")
+        str | None, typer.Option(metavar="NAME", help="A known machine, which need not be here: h100-sxm, ...")
     ] = None,
+    dry: Annotated[
+        bool, typer.Option("--dry", help="Do not run the model: build it without memory, count fake tensors.")
+    ] = False,
     blocks: Annotated[
         str | None, typer.Option(metavar="DOTTED.NAME", help="The module list that holds the blocks, if not found.")
     ] = None,
@@ -116,9 +120,11 @@ def plan_command(
         device_bytes, host_bytes = _size(budget, "--budget"), _size(host_budget, "--host-budget")
         machine = _hardware(hardware)
         _say("making the model")
-        job = _job(model, model_config, seq_len, batch_size, dtype, optimizer)
         from stowplan import session
 
+        dry = dry or machine is not None
+        with session.dry() if dry else nullcontext():
+            job = _job(model, model_config, seq_len, batch_size, dtype, optimizer)
         with job.surroundings():
             made = session.plan(
                 job.model,

@@ -49,23 +49,30 @@ class InfeasibleBudget(StowplanError):
         budget_bytes: the device budget that was asked for.
         least_bytes: the smallest device budget for which a plan exists, the host budget unchanged.
         host_budget_bytes: the host budget that was in force.
+        advice: where the least plan has its peak, and what would bring that down.
     """
 
-    def __init__(self, budget_bytes: int, least_bytes: int, host_budget_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        budget_bytes: int,
+        least_bytes: int,
+        host_budget_bytes: int | None = None,
+        advice: str = "Raise budget= to that, shorten the batch, or raise host_budget=.",
+    ) -> None:
         from stowplan.core.units import format_bytes
 
         self.budget_bytes = budget_bytes
         self.least_bytes = least_bytes
         self.host_budget_bytes = host_budget_bytes
+        self.advice = advice
         host = "" if host_budget_bytes is None else f" (host budget {format_bytes(host_budget_bytes)})"
         super().__init__(
             f"no plan fits a budget of {format_bytes(budget_bytes)} ({budget_bytes} bytes){host}; "
-            f"the least feasible budget is {format_bytes(least_bytes)} ({least_bytes} bytes). "
-            f"Raise budget= to that, shorten the batch, or raise host_budget=."
+            f"the least feasible budget is {format_bytes(least_bytes)} ({least_bytes} bytes). {advice}"
         )
 
-    def __reduce__(self) -> tuple[type[InfeasibleBudget], tuple[int, int, int | None]]:
-        return type(self), (self.budget_bytes, self.least_bytes, self.host_budget_bytes)
+    def __reduce__(self) -> tuple[type[InfeasibleBudget], tuple[int, int, int | None, str]]:
+        return type(self), (self.budget_bytes, self.least_bytes, self.host_budget_bytes, self.advice)
 
 
 class UnsupportedModel(StowplanError):

@@ -159,7 +159,7 @@ class Outline:
             for name in marks:
                 self._mark(name)
 
-        output = _stand_in(self._templates[kind], list(tensors.values()), self.instruments.device, on_backward)
+        output = _stand_in(self._templates[kind], list(tensors.values()), self.instruments, on_backward)
         self.calls.append(Call(number, kind, storages, self.captures[kind].output_gradient_bytes))
         if last:
             self._mark(HEAD)
@@ -203,20 +203,22 @@ def _gradient(shape: tuple[Any, ...], by_shape: dict[Any, torch.Tensor]) -> torc
 
 
 def _stand_in(
-    template: Any, inputs: list[torch.Tensor], device: torch.device, on_backward: Callable[[], object]
+    template: Any, inputs: list[torch.Tensor], instruments: Instruments, on_backward: Callable[[], object]
 ) -> Any:
     """Outputs like ``template`` (tensors on the meta device), joined to ``inputs`` in the graph."""
     tensors = [leaf for leaf in flatten((template,), {}) if isinstance(leaf, torch.Tensor)]
     shapes = [tensor for tensor in tensors if tensor.requires_grad]
-    anchor = torch.zeros((), device=device, requires_grad=True)
-    made = [_filled(shape, device) for shape in shapes]
+    anchor = torch.zeros((), device=instruments.device, requires_grad=True)
+    made = [_filled(shape, instruments) for shape in shapes]
     outputs = iter(_StandIn.apply(on_backward, made, anchor, *inputs))  # type: ignore[no-untyped-call]
-    plain = (_filled(tensor, device) for tensor in tensors if not tensor.requires_grad)
+    plain = (_filled(tensor, instruments) for tensor in tensors if not tensor.requires_grad)
     return _rebuild(template, outputs, plain)
 
 
-def _filled(shape: torch.Tensor, device: torch.device) -> torch.Tensor:
-    tensor = torch.empty_strided(shape.shape, shape.stride(), dtype=shape.dtype, device=device)
+def _filled(shape: torch.Tensor, instruments: Instruments) -> torch.Tensor:
+    tensor = torch.empty_strided(shape.shape, shape.stride(), dtype=shape.dtype, device=instruments.device)
+    if instruments.dry:
+        return tensor  # what a block gives is not known
     return tensor.fill_(0.01) if tensor.is_floating_point() else tensor.zero_()
 
 

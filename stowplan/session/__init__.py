@@ -9,10 +9,23 @@ from stowplan.offload.measure import Meter
 from stowplan.offload.tape.run import Counters
 from stowplan.reports import text
 from stowplan.session.applying import AppliedPlan, applied, apply
+from stowplan.session.dry import dry
 from stowplan.session.planning import FORWARD_NOTE, plan, replan
 from stowplan.session.wrapping import wrap
 
-__all__ = ["FORWARD_NOTE", "AppliedPlan", "Meter", "applied", "apply", "measure", "plan", "replan", "report", "wrap"]
+__all__ = [
+    "FORWARD_NOTE",
+    "AppliedPlan",
+    "Meter",
+    "applied",
+    "apply",
+    "dry",
+    "measure",
+    "plan",
+    "replan",
+    "report",
+    "wrap",
+]
 
 
 def measure(model: torch.nn.Module) -> Meter:

@@ -19,10 +19,7 @@ from stowplan.offload.arguments import tensors_in
 from stowplan.offload.blocks import Blocks, find_blocks
 from stowplan.offload.calibrate import RESERVE_BYTES, device_budget_bytes, host_budget_bytes, measure_hardware
 from stowplan.offload.capture import capture
-from stowplan.offload.dry.datasheet import Datasheet
-from stowplan.offload.dry.mode import Costs
-from stowplan.offload.dry.probes import Probes
-from stowplan.offload.dry.run import DryRun, is_fake
+from stowplan.offload.dry.run import is_fake
 from stowplan.offload.instruments import Instruments
 
 __all__ = ["Batch", "LossFunction", "Size", "device_of", "make_plan", "own_loss", "plan", "replan"]
@@ -87,7 +84,9 @@ def plan(
         budget, host_budget, optimizer, blocks, solver, time_limit_seconds, hold_gradients, hold_output, say
     )
     if dry or (dry is None and (elsewhere or is_fake(model))):
-        return _plan_dry(model, batch, loss_fn, machine, options)
+        from stowplan.session.dry import plan_dry
+
+        return plan_dry(model, batch, loss_fn, machine, options)
     if elsewhere or is_fake(model):
         raise InvalidArgument(
             f"dry=False, but the model {'has no data' if is_fake(model) else f'is on {device}'} and is to be planned "
@@ -178,50 +177,6 @@ def budgets_here(options: Options, device: torch.device) -> tuple[int, int]:
     of_device = device_budget_bytes(device) if options.budget == "auto" else parse_bytes(options.budget, "budget")
     of_host = host_budget_bytes() if options.host_budget == "auto" else parse_bytes(options.host_budget, "host_budget")
     return of_device, of_host
-
-
-def _budgets_there(options: Options, machine: Hardware) -> tuple[int, int]:
-    """Device and host budget in bytes; ``"auto"`` takes them from the description of a machine that is not here."""
-    sizes = (("budget", options.budget, machine.device_bytes), ("host_budget", options.host_budget, machine.host_bytes))
-    for name, asked, there in sizes:
-        if asked == "auto" and there <= RESERVE_BYTES:
-            raise InvalidArgument(
-                f'{name}="auto", but {machine.name} is not known to have memory: say {name}= in bytes.'
-            )
-    of_device, of_host = (
-        there - RESERVE_BYTES if asked == "auto" else parse_bytes(asked, name) for name, asked, there in sizes
-    )
-    return of_device, of_host
-
-
-def _plan_dry(
-    model: torch.nn.Module, batch: Any, loss_fn: LossFunction | None, machine: Hardware | None, options: Options
-) -> Plan:
-    """Plan by fake tensors, for ``machine`` or, without one, for the device that the model is on."""
-    if machine is None:
-        device = device_of(model)
-        if device.type == "meta":
-            device = torch.device("cpu")
-        options.on_progress("measuring the machine")
-        machine = measure_hardware(device)
-        costs: Costs = Probes(device, machine)
-        run = DryRun(model, batch, device, costs, real_device=device)
-        budgets = budgets_here(options, device)
-    else:
-        device = torch.device(machine.device_type)
-        costs = Datasheet(machine)
-        run = DryRun(model, batch, device, costs)
-        budgets = _budgets_there(options, machine)
-    with run:
-        calls = Batch(model, run.batch, loss_fn)
-        made = make_plan(model, calls.forward, calls.loss_of, run.batch, machine, budgets, options, run)
-    return replace(made, assumptions=(*made.assumptions, _DRY, *costs.guesses, *run.guesses))
-
-
-_DRY = (
-    "the model was not run: bytes and ops are those of fake tensors; that replays give the same bits is proved at each "
-    "block's first call under the plan"
-)
 
 
 def replan(

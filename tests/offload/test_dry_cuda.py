@@ -16,9 +16,10 @@ import transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stowplan.core.errors import InvalidArgument, MissingDependency
+from stowplan.core.errors import MissingDependency
+from stowplan.core.hardware import PRESETS
 from stowplan.offload.dry import cuda, cuda_device
-from stowplan.offload.dry.cuda import CudaTarget, pretended_cuda
+from stowplan.offload.dry.cuda import CudaTarget, pretended_cuda, target_of
 from stowplan.offload.dry.cuda_attention import Kernel, attention_kernel
 from stowplan.offload.dry.cuda_costs import allocated_bytes, assumptions, library_bytes, workspace_bytes
 from stowplan.offload.dry.known import Known
@@ -121,7 +122,6 @@ def step(
 
         for _ in range(2):
             seen.saved.clear()
-            mode.sweep()
             seen.live_before = mode.peak_bytes = mode.live_bytes
             with Ops() as ops:
                 with (
@@ -129,7 +129,6 @@ def step(
                     torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
                 ):
                     loss = model(**batch).loss
-                mode.sweep()
                 seen.live_after_forward = mode.live_bytes
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -137,7 +136,6 @@ def step(
             chosen.zero_grad()
             assert loss.device.type == "cuda"
             del loss
-        mode.sweep()
         seen.live_after_step = mode.live_bytes
         seen.peak = mode.peak_bytes
         seen.ops = ops.having("attention", "dropout", "foreach", "fused", "softmax", "layer_norm")
@@ -268,6 +266,15 @@ def test_a_head_that_flash_attention_must_pad() -> None:
     assert {"constant_pad_nd", "_scaled_dot_product_flash_attention_backward"} <= set(ops.names)
 
 
+def test_a_machine_names_its_gpu() -> None:
+    assert {name: target_of(name).capability for name in PRESETS} == {
+        "h100-sxm": (9, 0),
+        "h200-sxm": (9, 0),
+        "a100-sxm": (8, 0),
+    }
+    assert target_of("my own machine") == CudaTarget()
+
+
 # ---- costs ----------------------------------------------------------------------------------------------------------
 def test_scratch_of_attention_backward() -> None:
     batch, heads, kv_heads, tokens, head_dim = 2, 8, 2, 200, 80
@@ -345,13 +352,12 @@ def test_a_fake_tensor_may_outlive_the_device() -> None:
             loss.backward()
 
 
-def test_entering_again() -> None:
+def test_the_innermost_target_holds() -> None:
     with pretended_cuda(A100):
-        with pretended_cuda(A100):
-            pass
+        with pretended_cuda(H100):
+            assert torch.cuda.get_device_capability() == (9, 0)
+        assert torch.cuda.get_device_capability() == (8, 0)
         assert torch._C._get_accelerator().type == "cuda"
-        with pytest.raises(InvalidArgument, match="already pretending"), pretended_cuda(H100):
-            pass
     assert torch._C._get_accelerator().type == "cpu"
 
 

@@ -11,9 +11,11 @@ import torch
 from torch import nn
 
 from stowplan.core.errors import InvalidArgument
+from stowplan.offload.instruments import RealInstruments
 from stowplan.offload.memory_log import memory_log
 from stowplan.offload.optimizers import OptimizerCost, optimizer_cost, state_bytes
 
+HERE = RealInstruments(torch.device("cpu"))
 KIB = 2**10
 WIDTH = 96
 
@@ -60,7 +62,7 @@ def real_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, 
 def test_the_cost_is_that_of_a_real_step(make: Make) -> None:
     model = model_with_gradients()
     optimizer = make(model.parameters())
-    cost = optimizer_cost(optimizer)
+    cost = optimizer_cost(optimizer, HERE)
     states, peak = real_step(model, optimizer)
     assert cost.exact
     assert cost.state_bytes == pytest.approx(states, abs=KIB)
@@ -74,7 +76,7 @@ def test_states_by_formula() -> None:
     largest = max(p.nbytes for p in model.parameters())
 
     def cost(name: str) -> OptimizerCost:
-        return optimizer_cost(OPTIMIZERS[name](model.parameters()))
+        return optimizer_cost(OPTIMIZERS[name](model.parameters()), HERE)
 
     assert cost("AdamW foreach").state_bytes == 2 * size + counts  # two moments and a step count
     assert cost("AdamW amsgrad").state_bytes == 3 * size + counts
@@ -108,7 +110,7 @@ def test_the_real_optimizer_is_untouched(make: Make, has_schedule: bool, num_ste
     before = everything_of(model, optimizer)
     groups = copy.deepcopy([{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups])
     members = [[id(p) for p in group["params"]] for group in optimizer.param_groups]
-    optimizer_cost(optimizer)
+    optimizer_cost(optimizer, HERE)
     after = everything_of(model, optimizer)
     assert len(after) == len(before)
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
@@ -124,7 +126,7 @@ def test_a_schedule_changes_no_cost(make: Make) -> None:
         optimizer = make(model_with_gradients().parameters())
         if has_schedule:
             torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-        costs.append(optimizer_cost(optimizer)[:2])
+        costs.append(optimizer_cost(optimizer, HERE)[:2])
     assert costs[0] == costs[1]
 
 
@@ -136,7 +138,7 @@ def test_hooks_on_steps_do_not_see_the_stand_ins() -> None:
     optimizer.register_step_post_hook(lambda *args: seen.append("its own"))
     handle = register_optimizer_step_post_hook(lambda *args: seen.append("everybody's"))
     try:
-        optimizer_cost(optimizer)
+        optimizer_cost(optimizer, HERE)
     finally:
         handle.remove()
     assert seen == []
@@ -145,7 +147,7 @@ def test_hooks_on_steps_do_not_see_the_stand_ins() -> None:
 def test_a_learning_rate_in_a_tensor() -> None:
     model = model_with_gradients()
     rate = torch.tensor(1e-3)
-    cost = optimizer_cost(torch.optim.AdamW(model.parameters(), lr=rate, foreach=False))
+    cost = optimizer_cost(torch.optim.AdamW(model.parameters(), lr=rate, foreach=False), HERE)
     assert cost.state_bytes >= 2 * parameter_bytes(model)
     assert rate.item() == pytest.approx(1e-3)
 
@@ -155,14 +157,14 @@ def test_groups_and_frozen_parameters() -> None:
     model[0].requires_grad_(False)
     groups = [{"params": model[0].parameters()}, {"params": model[1].parameters(), "momentum": 0.9}]
     groups.append({"params": model[2].parameters()})
-    cost = optimizer_cost(torch.optim.SGD(groups, lr=0.1))
+    cost = optimizer_cost(torch.optim.SGD(groups, lr=0.1), HERE)
     assert cost.state_bytes == parameter_bytes(model[1])
 
 
 def test_nothing_to_step() -> None:
-    assert optimizer_cost(None) == OptimizerCost(0, 0, 0.0)
+    assert optimizer_cost(None, HERE) == OptimizerCost(0, 0, 0.0)
     with pytest.raises(InvalidArgument, match=r"optimizer=Linear is not a torch\.optim\.Optimizer"):
-        optimizer_cost(nn.Linear(2, 2))  # type: ignore[arg-type]
+        optimizer_cost(nn.Linear(2, 2), HERE)  # type: ignore[arg-type]
 
 
 def test_states_are_counted_once_by_storage() -> None:

@@ -42,12 +42,13 @@ class Known:
     def __init__(self) -> None:
         self.guesses: dict[str, None] = {}
         self._twins: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._storages: set[int] = set()  # that known tensors were ever on
 
     def remember(self, fake: torch.Tensor, real: torch.Tensor) -> None:
         """``fake`` stands for ``real``, if that is small enough to keep."""
         if real.numel() <= _MAX_ELEMENTS and real.device.type == "cpu":
             with unset_fake_temporarily():
-                self._twins[fake] = real.detach().clone()  # ops are done with it, in place ones too
+                self._put(fake, real.detach().clone())  # ops are done with it, in place ones too
 
     def twin_of(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """A real tensor of the same values, None where they are not known."""
@@ -107,7 +108,11 @@ class Known:
         if result is not None:
             for fake, twin in zip(made, _tensors(real), strict=True):
                 if isinstance(fake, FakeTensor):
-                    self._twins[fake] = twin
+                    self._put(fake, twin)
+
+    def _put(self, fake: torch.Tensor, twin: torch.Tensor) -> None:
+        self._twins[fake] = twin
+        self._storages.add(fake.untyped_storage()._cdata)
 
     def _as_real(self, leaf: Any) -> Any:
         if isinstance(leaf, torch.device):
@@ -119,9 +124,12 @@ class Known:
         return torch.empty(leaf.shape, dtype=leaf.dtype) if twin is None else twin
 
     def _forget_written(self, func: Any, args: tuple[Any, ...]) -> None:
-        if not func._schema.is_mutable or not self._twins:
+        if not func._schema.is_mutable:
             return
-        written = {tensor.untyped_storage()._cdata for tensor in _written(func, args)}
+        written = {tensor.untyped_storage()._cdata for tensor in _written(func, args)} & self._storages
+        if not written:
+            return
+        self._storages -= written
         for fake in [fake for fake in self._twins if fake.untyped_storage()._cdata in written]:
             del self._twins[fake]
 

@@ -1,7 +1,7 @@
 """The dispatch mode that watches a dry step: live bytes, seconds, and what fake tensors do otherwise than real ones.
 
 It stands above ``FakeTensorMode``, so it sees what a real step would dispatch and none of the temporaries of fake
-kernels. Frees need no allocator: a storage that has died is noticed before the next op.
+kernels. Frees need no allocator: Python is told when a storage dies.
 
 Note: gradients that meet
     Where two gradients of one tensor meet, autograd adds them in place if nobody else holds the first. For subclasses
@@ -13,12 +13,13 @@ Note: gradients that meet
 from __future__ import annotations
 
 import sys
+import weakref
+from functools import partial
 from types import FrameType
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch._prims_common import is_non_overlapping_and_dense_or_false
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -65,13 +66,12 @@ class DryMode(TorchDispatchMode):
         self.last = Cost()
         self.known = known if known is not None else Known()
         self._costs = costs
-        self._live: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._live: dict[int, tuple[weakref.ref[Any], int]] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        self.sweep()
         if self.known.answers(func):
             return self.known.answer(func, args, kwargs)
         if func is aten.add.Tensor and not kwargs and _joins_gradients(*args):
@@ -87,11 +87,6 @@ class DryMode(TorchDispatchMode):
         self.known.follow(func, args, kwargs, result)
         return result
 
-    def sweep(self) -> None:
-        """Stop counting storages that have died."""
-        for key in [key for key, (reference, _) in self._live.items() if reference.expired()]:
-            self.live_bytes -= self._live.pop(key)[1]
-
     def _count(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         given = {_key(t) for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)}
         for tensor in tree_iter(result):
@@ -99,8 +94,11 @@ class DryMode(TorchDispatchMode):
                 key = _key(tensor)
                 if key not in given and key not in self._live:
                     storage = tensor.untyped_storage()
-                    self._live[key] = (StorageWeakRef(storage), storage.nbytes())
+                    self._live[key] = (weakref.ref(storage, partial(self._free, key)), storage.nbytes())
                     self.live_bytes += storage.nbytes()
+
+    def _free(self, key: int, storage: object) -> None:
+        self.live_bytes -= self._live.pop(key)[1]
 
 
 class DryLog:
@@ -111,7 +109,6 @@ class DryLog:
         self._mode = mode
 
     def __enter__(self) -> DryLog:
-        self._mode.sweep()
         self._origin = self._mode.live_bytes
         self._begin("start")
         return self
@@ -120,7 +117,6 @@ class DryLog:
         self._end()
 
     def mark(self, name: str) -> None:
-        self._mode.sweep()
         self._end()
         self._begin(name)
 

@@ -13,6 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
+from stowplan.offload.dry.cuda import pretended_cuda
 from stowplan.offload.dry.known import Known
 from stowplan.offload.dry.mode import Costs, DryLog, DryMode
 from stowplan.offload.dry.patches import uninitialised, unnoticed
@@ -36,9 +37,17 @@ def is_fake(model: torch.nn.Module) -> bool:
 
 
 @contextmanager
-def building() -> Iterator[None]:
-    """Inside, new tensors take no memory: they have a shape, a dtype and a device, and small ones their values."""
-    with unnoticed(), uninitialised(), FakeTensorMode(allow_non_fake_inputs=True), DryMode(known=_KNOWN):
+def building(device: torch.device | None = None) -> Iterator[None]:
+    """Inside, new tensors take no memory: they have a shape, a dtype and a device, and small ones their values.
+
+    With a ``device`` on cuda, tensors may be on cuda wherever there is none.
+    """
+    with ExitStack() as stack:
+        if device is not None and device.type == "cuda":
+            stack.enter_context(pretended_cuda())
+        for context in (unnoticed(), uninitialised(), FakeTensorMode(allow_non_fake_inputs=True)):
+            stack.enter_context(context)
+        stack.enter_context(DryMode(known=_KNOWN))
         yield
 
 
@@ -78,6 +87,9 @@ class DryRun:
     def __enter__(self) -> DryRun:
         _KNOWN.guesses.clear()
         with ExitStack() as stack:
+            if self.device.type == "cuda":
+                stack.enter_context(pretended_cuda())
+                stack.enter_context(_autocast_there())
             stack.enter_context(unnoticed())
             stack.enter_context(self._fake_mode)
             stack.enter_context(self._model_made_fake())
@@ -194,6 +206,17 @@ class DryRun:
         if isinstance(tensor, torch.nn.Parameter):
             return torch.nn.Parameter(fake, tensor.requires_grad)
         return fake.requires_grad_(tensor.requires_grad)
+
+
+@contextmanager
+def _autocast_there() -> Iterator[None]:
+    """Autocast for cuda where the caller asked for the CPU's, as one does on a machine without a GPU."""
+    if not torch.is_autocast_enabled("cpu"):
+        yield
+        return
+    dtype = torch.get_autocast_dtype("cpu")
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", dtype=dtype):
+        yield
 
 
 def _tensor_dicts(module: torch.nn.Module) -> tuple[dict[str, Any], ...]:

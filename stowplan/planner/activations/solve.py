@@ -16,6 +16,7 @@ from stowplan.core.hardware import Hardware
 from stowplan.core.plan import Baseline, Decisions, Prediction, Solution
 from stowplan.core.program import Action, StepProgram
 from stowplan.core.units import format_seconds
+from stowplan.planner.activations.advice import advise
 from stowplan.planner.activations.draft import Draft
 from stowplan.planner.activations.groups import group_blocks
 from stowplan.planner.activations.least import find_least_budget
@@ -85,7 +86,8 @@ def solve(
         bound_seconds, proof = unplanned.prediction.step_seconds, "nothing to decide"
     else:
         if least.num_bytes > budget_bytes:
-            raise InfeasibleBudget(budget_bytes, least.num_bytes, host_budget_bytes)
+            advice = advise(budget_bytes, simulate(problem, least.decisions))
+            raise InfeasibleBudget(budget_bytes, least.num_bytes, host_budget_bytes, advice)
         fitting = [named[baseline.name] for baseline in baselines if baseline.fits]
         search = _Search(problem, [*fitting, least.decisions], solver, gap, began, time_limit_seconds, tell)
         decisions, bound_seconds, proof = search.run()

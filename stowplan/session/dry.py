@@ -1,0 +1,120 @@
+"""Planning without running the model, for this machine or one that is not here."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+)
+
+from stowplan.core.errors import InvalidArgument, UnsupportedModel
+from stowplan.core.hardware import Hardware, preset
+from stowplan.core.plan import Plan
+from stowplan.core.units import parse_bytes
+from stowplan.offload.calibrate import RESERVE_BYTES, measure_hardware
+from stowplan.offload.dry import self_test
+from stowplan.offload.dry.datasheet import Datasheet
+from stowplan.offload.dry.mode import Costs
+from stowplan.offload.dry.probes import Probes
+from stowplan.offload.dry.run import DryRun, building
+from stowplan.session.planning import Batch, LossFunction, Options, budgets_here, device_of, make_plan
+
+__all__ = ["dry", "plan_dry"]
+
+_FAKE_TENSORS_FAIL = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+)
+_UNPROVED = (
+    "the model was not run: bytes and ops are those of fake tensors; that replays give the same bits is proved at each "
+    "block's first call under the plan"
+)
+
+
+@contextmanager
+def dry(hardware: Hardware | str | None = None) -> Iterator[None]:
+    """Inside, new tensors take no memory: build a model, a batch and an optimizer in here, then plan for them.
+
+        with stowplan.dry():
+            model, batch = LlamaForCausalLM(config), {"input_ids": torch.zeros(1, 8192, dtype=torch.long)}
+            optimizer = torch.optim.AdamW(model.parameters())
+        plan = stowplan.plan(model, batch, optimizer=optimizer, hardware="h100-sxm")
+
+    Tensors have a shape, a dtype and a device; small ones that depend on no weights (masks, positions) have their
+    values too. Weights are not initialised. Such a model can be planned for, and nothing else.
+
+    Args:
+        hardware: of a machine with GPUs: tensors may be on cuda inside, and ``torch.autocast("cuda")`` holds, whatever
+            is here.
+    """
+    machine = preset(hardware) if isinstance(hardware, str) else hardware
+    with building(None if machine is None else torch.device(machine.device_type)):
+        yield
+
+
+def _budgets_there(options: Options, machine: Hardware) -> tuple[int, int]:
+    """Device and host budget in bytes; ``"auto"`` takes them from the description of a machine that is not here."""
+    sizes = (("budget", options.budget, machine.device_bytes), ("host_budget", options.host_budget, machine.host_bytes))
+    for name, asked, there in sizes:
+        if asked == "auto" and there <= RESERVE_BYTES:
+            raise InvalidArgument(
+                f'{name}="auto", but {machine.name} is not known to have memory: say {name}= in bytes.'
+            )
+    of_device, of_host = (
+        there - RESERVE_BYTES if asked == "auto" else parse_bytes(asked, name) for name, asked, there in sizes
+    )
+    return of_device, of_host
+
+
+def plan_dry(
+    model: torch.nn.Module, batch: Any, loss_fn: LossFunction | None, machine: Hardware | None, options: Options
+) -> Plan:
+    """Plan by fake tensors, for ``machine`` or, without one, for the device that the model is on."""
+    if machine is None:
+        device = device_of(model)
+        if device.type == "meta":
+            device = torch.device("cpu")
+        options.on_progress("measuring the machine")
+        machine = measure_hardware(device)
+        costs: Costs = Probes(device, machine)
+        run = DryRun(model, batch, device, costs, real_device=device)
+        budgets = budgets_here(options, device)
+    else:
+        device = torch.device(machine.device_type)
+        costs = Datasheet(machine)
+        run = DryRun(model, batch, device, costs)
+        budgets = _budgets_there(options, machine)
+    try:
+        with run:
+            calls = Batch(model, run.batch, loss_fn)
+            made = make_plan(model, calls.forward, calls.loss_of, run.batch, machine, budgets, options, run)
+    except _FAKE_TENSORS_FAIL as error:
+        raise UnsupportedModel(
+            f"the model does something that fake tensors cannot do ({type(error).__name__}: {error}); plan with real "
+            f"tensors on the device: dry=False."
+        ) from error
+    said = [_UNPROVED, *_self_tested(), *costs.guesses, *run.guesses]
+    return replace(made, assumptions=(*made.assumptions, *said))
+
+
+def _self_tested() -> Iterator[str]:
+    """Words, and a warning, if this build of torch does not do what dry capture takes for granted."""
+    difference = self_test.largest_difference()
+    if difference > self_test.TOLERANCE:
+        said = (
+            f"dry bytes are not to be relied on here: with torch {torch.__version__} the self-test differs from a real "
+            f"step by {100 * difference:.1f}% (allowed: {100 * self_test.TOLERANCE:.0f}%)"
+        )
+        warnings.warn(f"stowplan.plan: {said}. Plan without dry=, on the device.", RuntimeWarning, stacklevel=4)
+        yield said
