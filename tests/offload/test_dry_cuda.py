@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stowplan.core.errors import MissingDependency
@@ -326,7 +326,7 @@ def answers() -> tuple[Any, ...]:
         torch._C._get_accelerator(),
         torch.cuda.amp.common.amp_definitely_not_available(),
         torch.autograd.is_multithreading_enabled(),
-        len(sys.modules["torch.optim.optimizer"]._foreach_supported_types),
+        FakeTensor in sys.modules["torch.optim.optimizer"]._foreach_supported_types,
         torch._C._dispatch_has_kernel_for_dispatch_key("aten::scaled_dot_product_attention", "AutogradCUDA"),
     )
 

@@ -81,8 +81,9 @@ def _patch_python(stack: ExitStack) -> None:
     for module in ("torch.optim.optimizer", "torch.utils._foreach_utils"):
         place = importlib.import_module(module)  # torch.optim forgets the attribute
         _probe(place, "_foreach_supported_types")
-        plain = place._foreach_supported_types
-        stack.enter_context(patch.object(place, "_foreach_supported_types", [*plain, FakeTensor]))
+        supported = place._foreach_supported_types  # the list itself: imports may add to it meanwhile
+        supported.append(FakeTensor)
+        stack.callback(supported.remove, FakeTensor)
 
 
 @contextmanager
