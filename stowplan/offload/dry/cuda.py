@@ -104,5 +104,5 @@ def _probe(place: Any, name: str) -> None:
     if not hasattr(place, name):
         raise MissingDependency(
             f"fake tensors cannot be on cuda with this torch ({torch.__version__}): {place.__name__} has no {name}. "
-            "Plan on a machine with a GPU, or install a torch of a version that was tried (2.11 to 2.13)."
+            "Plan on a machine with a GPU, or install a torch of a version that was tried (2.11 to 2.15)."
         )

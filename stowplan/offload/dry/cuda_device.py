@@ -197,5 +197,5 @@ def _function(library: str, name: str, returns: type | None, *arguments: type) -
 def _missing(what: str) -> MissingDependency:
     return MissingDependency(
         f"fake tensors cannot be on cuda with this torch ({torch.__version__}): {what}. Plan on a machine with a GPU, "
-        "or install a torch of a version that was tried (2.11 to 2.13), on Linux or macOS."
+        "or install a torch of a version that was tried (2.11 to 2.15), on Linux or macOS."
     )
