@@ -10,10 +10,9 @@ Note: what is made believe
 
 from __future__ import annotations
 
-import functools
 import importlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -21,16 +20,25 @@ from unittest.mock import patch
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from stowplan.core.errors import InvalidArgument, MissingDependency
+from stowplan.core.errors import MissingDependency
 from stowplan.offload.dry.cuda_attention import CudaTarget, scaled_dot_product_attention
 from stowplan.offload.dry.cuda_device import answering_hooks, device_guard
 
-__all__ = ["CudaTarget", "pretended_cuda"]
+__all__ = ["CudaTarget", "pretended_cuda", "target_of"]
 
 _BF16_CAPABILITY = (8, 0)
+# By the beginning of a machine's name.
+_CAPABILITIES = {"a100": (8, 0), "l40": (8, 9), "h100": (9, 0), "h200": (9, 0), "b200": (10, 0)}
 
 _lock = threading.RLock()
 _targets: list[CudaTarget] = []  # of the thread that holds the lock
+
+
+def target_of(machine: str) -> CudaTarget:
+    """The GPU of the machine called that, such as ``"a100-sxm"``; an H100 if the name says nothing."""
+    name = machine.lower()
+    known = (capability for gpu, capability in _CAPABILITIES.items() if name.startswith(gpu))
+    return CudaTarget(capability=next(known, CudaTarget().capability))
 
 
 @contextmanager
@@ -40,10 +48,9 @@ def pretended_cuda(target: CudaTarget | None = None) -> Iterator[None]:
     Forward under autocast, backward and optimizers run under ``FakeTensorMode``. Backward runs in the calling thread.
     On a machine with a GPU nothing is changed. The default target is an H100 with torch's own wheels.
 
-    One thread at a time: a second waits until the first has left. A thread may enter again, for the same target.
+    One thread at a time: a second waits until the first has left. A thread may enter again; the innermost target holds.
 
     Raises:
-        InvalidArgument: entered again for another target.
         MissingDependency: this torch lacks something that is needed; the message names it.
     """
     target = CudaTarget() if target is None else target
@@ -51,52 +58,51 @@ def pretended_cuda(target: CudaTarget | None = None) -> Iterator[None]:
         yield
         return
     with _lock, ExitStack() as stack:
-        if not _targets:
-            device_guard()
-            stack.enter_context(answering_hooks())
-            _patch_python(stack, target)
-            stack.enter_context(_attention_of(target))
-        elif _targets[-1] != target:
-            raise InvalidArgument(f"already pretending {_targets[-1]}; leave that before pretending {target}.")
         _targets.append(target)
         stack.callback(_targets.pop)
+        if len(_targets) == 1:
+            device_guard()
+            stack.enter_context(answering_hooks())
+            _patch_python(stack)
+            stack.enter_context(_attention_kernels())
         yield
 
 
-def _patch_python(stack: ExitStack, target: CudaTarget) -> None:
+def _patch_python(stack: ExitStack) -> None:
     """Answer in the place of ``torch.cuda``, and let optimizers take fake tensors for ordinary ones."""
-    has_bf16 = target.capability >= _BF16_CAPABILITY
-    for place, name, answer in (
-        (torch.cuda.amp.common, "amp_definitely_not_available", False),
-        (torch.cuda, "is_bf16_supported", has_bf16),
-        (torch.cuda, "get_device_capability", target.capability),
-    ):
+    answers: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
+        (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
+        (torch.cuda, "is_bf16_supported", lambda *_, **__: _targets[-1].capability >= _BF16_CAPABILITY),
+        (torch.cuda, "get_device_capability", lambda *_, **__: _targets[-1].capability),
+    )
+    for place, name, answer in answers:
         _probe(place, name)
-        stack.enter_context(patch.object(place, name, functools.partial(_answer, answer)))
-    optimizer = importlib.import_module("torch.optim.optimizer")  # torch.optim forgets the attribute
-    _probe(optimizer, "_foreach_supported_types")
-    plain = optimizer._foreach_supported_types
-    stack.enter_context(patch.object(optimizer, "_foreach_supported_types", [*plain, FakeTensor]))
-
-
-def _answer(answer: Any, *_: Any, **__: Any) -> Any:
-    return answer
+        stack.enter_context(patch.object(place, name, answer))
+    for module in ("torch.optim.optimizer", "torch.utils._foreach_utils"):
+        place = importlib.import_module(module)  # torch.optim forgets the attribute
+        _probe(place, "_foreach_supported_types")
+        supported = place._foreach_supported_types  # the list itself: imports may add to it meanwhile
+        supported.append(FakeTensor)
+        stack.callback(supported.remove, FakeTensor)
 
 
 @contextmanager
-def _attention_of(target: CudaTarget) -> Iterator[None]:
+def _attention_kernels() -> Iterator[None]:
     """Put the target's choice of attention kernels in the place of torch's, for tensors on cuda."""
     _probe(torch.library, "_scoped_library")
-    attention = functools.partial(scaled_dot_product_attention, target)
     with torch.library._scoped_library("aten", "IMPL") as library:
         for key in ("AutogradCUDA", "CUDA"):
-            library.impl("scaled_dot_product_attention", attention, key)
+            library.impl("scaled_dot_product_attention", _attend, key)
         yield
+
+
+def _attend(*args: Any, **kwargs: Any) -> Any:
+    return scaled_dot_product_attention(_targets[-1], *args, **kwargs)
 
 
 def _probe(place: Any, name: str) -> None:
     if not hasattr(place, name):
         raise MissingDependency(
             f"fake tensors cannot be on cuda with this torch ({torch.__version__}): {place.__name__} has no {name}. "
-            "Plan on a machine with a GPU, or install torch 2.13."
+            "Plan on a machine with a GPU, or install a torch of a version that was tried (2.11 to 2.15)."
         )

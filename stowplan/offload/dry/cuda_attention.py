@@ -13,7 +13,7 @@ from enum import Enum
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 
 __all__ = ["CudaTarget", "Kernel", "attention_kernel", "scaled_dot_product_attention"]
 
@@ -141,7 +141,7 @@ def scaled_dot_product_attention(
     if kernel is Kernel.FLASH:
         head_dim = query.shape[-1]
         scale = head_dim**-0.5 if scale is None else scale
-        padded = [F.pad(t, (0, -head_dim % 8)) if head_dim % 8 else t for t in (query, key, value)]
+        padded = [functional.pad(t, (0, -head_dim % 8)) if head_dim % 8 else t for t in (query, key, value)]
         out = aten._scaled_dot_product_flash_attention(*padded, dropout_p, is_causal, False, scale=scale)[0]
         return out[..., :head_dim] if head_dim % 8 else out
     if kernel is Kernel.EFFICIENT:
@@ -165,5 +165,5 @@ def _aligned(bias: torch.Tensor) -> torch.Tensor:
     """A bias whose rows begin at multiples of 16 elements."""
     tokens = bias.shape[-1]
     if tokens % _MASK_ALIGNMENT:
-        return F.pad(bias, (0, _MASK_ALIGNMENT - tokens % _MASK_ALIGNMENT))[..., :tokens]
+        return functional.pad(bias, (0, _MASK_ALIGNMENT - tokens % _MASK_ALIGNMENT))[..., :tokens]
     return bias.contiguous() if any(stride % _MASK_ALIGNMENT for stride in bias.stride()[:-1]) else bias
