@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses=8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-full lint types imports format bench clean
+.PHONY: help setup demo test test-fast test-full test-gpu lint types imports format bench clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,8 +32,11 @@ test: setup lint types imports ## lint, types, layers and every test but the lon
 test-fast: setup ## the quick tests, under five minutes
 	$(PYTEST) -m "not slow and not full and not gpu"
 
-test-full: setup lint types imports ## everything, the longest tests included
-	$(PYTEST)
+test-full: setup lint types imports ## all that needs no GPU, the longest tests included (hours)
+	$(PYTEST) -m "not gpu"
+
+test-gpu: setup ## what needs a CUDA device
+	$(BIN)/python -m pytest -m gpu
 
 lint: setup ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -286,7 +286,7 @@ def _told_errors() -> Iterator[None]:
         if error.filename is None:
             raise
         _fail(f"{error.filename}: {error.strerror}", BAD_INPUT)
-    except (TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
+    except Exception as error:
         if not any("the model's forward" in note for note in getattr(error, "__notes__", ())):
             raise
         _fail(f"the model's forward failed on the job's batch: {type(error).__name__}: {error}", BAD_INPUT)

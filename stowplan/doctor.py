@@ -235,6 +235,15 @@ def _train(model: torch.nn.Module, batch: torch.Tensor) -> list[bytes]:
     return [tensor.detach().cpu().numpy().tobytes() for tensor in (*seen, *model.parameters())]
 
 
+def _dry_capture() -> Iterator[tuple[str, State, str]]:
+    from stowplan.offload.dry.self_test import TOLERANCE, largest_difference
+
+    difference = largest_difference()
+    fine = difference <= TOLERANCE
+    said = f"peaks of a small step differ by {difference:.3%} from a real one (allowed: {TOLERANCE:.0%})"
+    yield "self-test", State.OK if fine else State.BROKEN, said if fine else f"{said}: plan without --dry"
+
+
 # In the order of the report. A check that needs more than seconds has no place here.
 CHECKS: tuple[tuple[str, Check], ...] = (
     ("versions", _versions),
@@ -243,4 +252,5 @@ CHECKS: tuple[tuple[str, Check], ...] = (
     ("budgets", _budgets),
     ("support", _support),
     ("self-check", _self_check),
+    ("dry capture", _dry_capture),
 )

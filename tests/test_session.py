@@ -81,9 +81,7 @@ def test_automatic_budgets_are_bytes_of_this_machine() -> None:
 
 def test_hardware_of_another_kind_cannot_be_run_on_and_of_the_same_kind_is_used() -> None:
     model, batch = models.llama(), models.batch_for(0)
-    with pytest.raises(
-        stowplan.InvalidArgument, match="but the model is on cpu and is to be planned for h100"
-    ):
+    with pytest.raises(stowplan.InvalidArgument, match="but the model is on cpu and is to be planned for h100"):
         stowplan.plan(model, batch, hardware="h100-sxm", dry=False)
     with pytest.raises(stowplan.InvalidArgument, match="allowed: a100-sxm"):
         stowplan.plan(model, batch, budget="1GiB", hardware="abacus")

@@ -131,7 +131,7 @@ def _assemble(
         blocks=runs,
         block_names=tuple(blocks[call.block].name for call in calls),
         parameter_bytes=storage_bytes(model.parameters()),
-        buffer_bytes=storage_bytes(model.buffers()),
+        buffer_bytes=storage_bytes(model.buffers()) + outline.instruments.resident_bytes,
         optimizer_bytes=max(cost.state_bytes, state_bytes(optimizer) if optimizer is not None else 0),
         batch_bytes=storage_bytes(tensors_in(batch)),
         held_gradient_bytes=storage_bytes(trainable) if hold_gradients else 0,
@@ -149,8 +149,9 @@ def _assumptions(
     cost: OptimizerCost,
     optimizer: torch.optim.Optimizer | None,
 ) -> tuple[str, ...]:
+    ran = "captured dry" if outline.instruments.dry else "measured for real"
     said = [
-        f"{len(outline.captures)} of {step.num_blocks} blocks measured for real, the others do the same",
+        f"{len(outline.captures)} of {step.num_blocks} blocks {ran}, the others do the same",
         f"the model's output is {'held until backward is over' if outline.hold_output else 'dropped before backward'}",
         "gradients stay allocated between steps"
         if outline.hold_gradients

@@ -22,6 +22,7 @@ class Instruments(Protocol):
     device: torch.device
     dry: bool
     scale: float  # real seconds for each of the clock's, as far as it is known by now
+    resident_bytes: int  # that libraries hold all step and the memory log does not see
 
     def memory_log(self) -> MemoryLog:
         """A log of the device's live bytes, to be entered."""
@@ -43,6 +44,7 @@ class RealInstruments:
 
     dry = False
     scale = 1.0
+    resident_bytes = 0
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

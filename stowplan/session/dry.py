@@ -22,6 +22,8 @@ from stowplan.core.plan import Plan
 from stowplan.core.units import parse_bytes
 from stowplan.offload.calibrate import RESERVE_BYTES, measure_hardware
 from stowplan.offload.dry import self_test
+from stowplan.offload.dry.cuda import target_of
+from stowplan.offload.dry.cuda_costs import assumptions, workspace_bytes
 from stowplan.offload.dry.datasheet import Datasheet
 from stowplan.offload.dry.mode import Costs
 from stowplan.offload.dry.probes import Probes
@@ -59,7 +61,7 @@ def dry(hardware: Hardware | str | None = None) -> Iterator[None]:
             is here.
     """
     machine = preset(hardware) if isinstance(hardware, str) else hardware
-    with building(None if machine is None else torch.device(machine.device_type)):
+    with building(target_of(machine.name) if machine is not None and machine.device_type == "cuda" else None):
         yield
 
 
@@ -92,8 +94,11 @@ def plan_dry(
         budgets = budgets_here(options, device)
     else:
         device = torch.device(machine.device_type)
-        costs = Datasheet(machine)
-        run = DryRun(model, batch, device, costs)
+        target = target_of(machine.name) if device.type == "cuda" else None
+        costs = Datasheet(machine, workspace_bytes) if target is not None else Datasheet(machine)
+        if target is not None:
+            costs.guesses |= dict.fromkeys(assumptions(target))
+        run = DryRun(model, batch, device, costs, target=target)
         budgets = _budgets_there(options, machine)
     try:
         with run:

@@ -248,7 +248,7 @@ class Batch:
             if isinstance(self.batch, torch.Tensor):
                 return self.model(self.batch)
             return self.model(*self.batch)
-        except (TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
+        except Exception as error:
             error.add_note(FORWARD_NOTE)
             raise
 

@@ -34,6 +34,11 @@ class Excess(NamedTuple):
         )
 
 
+# A peak may be above its prediction, and so above a budget that the plan fills, by so much without a word. Strict plans
+# tolerate nothing.
+TOLERATED = 0.01
+
+
 class Watch:
     """Looks, once per training forward, at what the steps before took. Says each thing once.
 
@@ -105,7 +110,9 @@ class Watch:
         self._num_failures, self._failed = num_failures, False
         if failed:
             return Excess(self.budget_bytes, None)
-        return Excess(self.budget_bytes, measured_bytes) if measured_bytes > self.budget_bytes else None
+        tolerated_bytes = 0 if self.strict else int(self.budget_bytes * TOLERATED)
+        beyond = measured_bytes > self.budget_bytes + tolerated_bytes
+        return Excess(self.budget_bytes, measured_bytes) if beyond else None
 
     def judge(self) -> None:
         """Warn of an excess, once of each kind. Raises BudgetExceeded if strict."""

@@ -171,7 +171,7 @@ class RemembersSteps(torch.optim.SGD):
 def test_lists_of_the_optimizer_are_not_written_by_the_stand_ins() -> None:
     optimizer = RemembersSteps(model_with_gradients().parameters())
     optimizer.step()
-    optimizer_cost(optimizer)
+    optimizer_cost(optimizer, HERE)
     assert (optimizer.history, optimizer.seen, optimizer.norms) == ([0], {0}, {"0": 1.0})
 
 

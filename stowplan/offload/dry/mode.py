@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import sys
 import weakref
+from collections.abc import Callable
 from functools import partial
 from types import FrameType
 from typing import Any, NamedTuple, Protocol
@@ -56,9 +57,15 @@ class DryMode(TorchDispatchMode):
     Args:
         costs: of every op; None where they are not asked for.
         known: the values of small tensors.
+        allocated_bytes: what the device's allocator takes for a storage of so many bytes.
     """
 
-    def __init__(self, costs: Costs | None = None, known: Known | None = None) -> None:
+    def __init__(
+        self,
+        costs: Costs | None = None,
+        known: Known | None = None,
+        allocated_bytes: Callable[[int], int] = lambda num_bytes: num_bytes,
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.seconds = 0.0
         self.live_bytes = 0
@@ -66,6 +73,7 @@ class DryMode(TorchDispatchMode):
         self.last = Cost()
         self.known = known if known is not None else Known()
         self._costs = costs
+        self._allocated_bytes = allocated_bytes
         self._live: dict[int, tuple[weakref.ref[Any], int]] = {}
 
     def __torch_dispatch__(
@@ -76,7 +84,7 @@ class DryMode(TorchDispatchMode):
             return self.known.answer(func, args, kwargs)
         if func is aten.add.Tensor and not kwargs and _joins_gradients(*args):
             func = aten.add_.Tensor
-        result = func(*args, **kwargs)
+        result = _grouped_product(args, kwargs) if func is aten._grouped_mm.default else func(*args, **kwargs)
         if func.namespace == "prim":
             return result
         self._count(args, kwargs, result)
@@ -94,8 +102,9 @@ class DryMode(TorchDispatchMode):
                 key = _key(tensor)
                 if key not in given and key not in self._live:
                     storage = tensor.untyped_storage()
-                    self._live[key] = (weakref.ref(storage, partial(self._free, key)), storage.nbytes())
-                    self.live_bytes += storage.nbytes()
+                    num_bytes = self._allocated_bytes(storage.nbytes())
+                    self._live[key] = (weakref.ref(storage, partial(self._free, key)), num_bytes)
+                    self.live_bytes += num_bytes
 
     def _free(self, key: int, storage: object) -> None:
         self.live_bytes -= self._live.pop(key)[1]
@@ -134,6 +143,22 @@ class DryLog:
 
 def _key(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
+
+
+def _grouped_product(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """``_grouped_mm``, whose shape function knows bf16 only, where kernels take other types as well."""
+    like = [
+        t
+        if t.dtype is torch.bfloat16
+        else torch.empty_strided(t.shape, t.stride(), dtype=torch.bfloat16, device=t.device)
+        for t in args[:2]
+    ]
+    made = aten._grouped_mm.default(*like, *args[2:], **kwargs)
+    return (
+        made
+        if made.dtype is args[0].dtype
+        else torch.empty_strided(made.shape, made.stride(), dtype=args[0].dtype, device=made.device)
+    )
 
 
 def _joins_gradients(first: Any, second: Any) -> bool:

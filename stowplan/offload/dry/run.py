@@ -13,7 +13,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
-from stowplan.offload.dry.cuda import pretended_cuda
+from stowplan.offload.dry.cuda import CudaTarget, pretended_cuda
+from stowplan.offload.dry.cuda_costs import allocated_bytes, library_bytes
 from stowplan.offload.dry.known import Known
 from stowplan.offload.dry.mode import Costs, DryLog, DryMode
 from stowplan.offload.dry.patches import uninitialised, unnoticed
@@ -37,14 +38,14 @@ def is_fake(model: torch.nn.Module) -> bool:
 
 
 @contextmanager
-def building(device: torch.device | None = None) -> Iterator[None]:
+def building(target: CudaTarget | None = None) -> Iterator[None]:
     """Inside, new tensors take no memory: they have a shape, a dtype and a device, and small ones their values.
 
-    With a ``device`` on cuda, tensors may be on cuda wherever there is none.
+    With a ``target`` tensors may be on cuda, wherever there is none.
     """
     with ExitStack() as stack:
-        if device is not None and device.type == "cuda":
-            stack.enter_context(pretended_cuda())
+        if target is not None:
+            stack.enter_context(pretended_cuda(target))
         for context in (unnoticed(), uninitialised(), FakeTensorMode(allow_non_fake_inputs=True)):
             stack.enter_context(context)
         stack.enter_context(DryMode(known=_KNOWN))
@@ -59,6 +60,7 @@ class DryRun:
     Args:
         costs: what ops take.
         real_device: where one block of each kind may be run for real to calibrate ``costs``; None if nowhere.
+        target: the GPU that ``device`` stands for, if that is on cuda.
     """
 
     dry = True
@@ -71,6 +73,7 @@ class DryRun:
         device: torch.device,
         costs: Costs,
         real_device: torch.device | None = None,
+        target: CudaTarget | None = None,
     ) -> None:
         self.device = device
         self.batch = batch
@@ -80,15 +83,17 @@ class DryRun:
         self._scales: list[float] = []
         self._fakes: dict[int, torch.Tensor] = {}
         self.known = _KNOWN
-        self._mode = DryMode(costs, _KNOWN)
+        self._target = target
+        self.resident_bytes = library_bytes(target) if target is not None else 0
+        self._mode = DryMode(costs, _KNOWN, *([allocated_bytes] if target is not None else []))
         modes = {p.fake_mode for p in model.parameters() if isinstance(p, FakeTensor)}
         self._fake_mode = modes.pop() if modes else FakeTensorMode(allow_non_fake_inputs=True)
 
     def __enter__(self) -> DryRun:
         _KNOWN.guesses.clear()
         with ExitStack() as stack:
-            if self.device.type == "cuda":
-                stack.enter_context(pretended_cuda())
+            if self._target is not None:
+                stack.enter_context(pretended_cuda(self._target))
                 stack.enter_context(_autocast_there())
             stack.enter_context(unnoticed())
             stack.enter_context(self._fake_mode)
