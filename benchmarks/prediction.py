@@ -49,9 +49,9 @@ def tokens() -> torch.Tensor:
     return torch.randint(1, VOCABULARY, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
 
 
-def decoder(name: str, **more: Any) -> Callable[[str], tuple[nn.Module, dict[str, Any]]]:
+def decoder(name: str, config: str = "", **more: Any) -> Callable[[str], tuple[nn.Module, dict[str, Any]]]:
     def build(attention: str) -> tuple[nn.Module, dict[str, Any]]:
-        config = getattr(transformers, f"{name}Config")(
+        made = getattr(transformers, config or f"{name}Config")(
             vocab_size=VOCABULARY,
             hidden_size=HIDDEN,
             num_hidden_layers=BLOCKS,
@@ -60,7 +60,7 @@ def decoder(name: str, **more: Any) -> Callable[[str], tuple[nn.Module, dict[str
             **more,
         )
         ids = tokens()
-        return getattr(transformers, f"{name}ForCausalLM")(config), {
+        return getattr(transformers, f"{name}ForCausalLM")(made), {
             "input_ids": ids,
             "labels": ids,
             "use_cache": False,
@@ -164,7 +164,7 @@ MODELS: dict[str, Callable[[str], tuple[nn.Module, dict[str, Any]]]] = {
     "qwen3": decoder("Qwen3", **GATED, head_dim=HIDDEN // HEADS),
     "neox": decoder("GPTNeoX", intermediate_size=4 * HIDDEN),
     "mistral": decoder("Mistral", **GATED),
-    "gemma2": decoder("Gemma2", **GATED, head_dim=HIDDEN // HEADS),
+    "gemma3": decoder("Gemma3", config="Gemma3TextConfig", **GATED, head_dim=HIDDEN // HEADS),
     "opt": decoder("OPT", ffn_dim=4 * HIDDEN, word_embed_proj_dim=HIDDEN),
     "mixtral": decoder("Mixtral", **GATED, num_local_experts=4),
     "encoder": encoder,

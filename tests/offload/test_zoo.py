@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -57,18 +56,31 @@ def check(name: str, amp: bool, attention: str, seed: int) -> None:
     assert applied.counters.departures == 0
 
 
-def random_plan_test(num_examples: int) -> Callable[..., None]:
-    @settings(max_examples=num_examples, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
-    @given(seed=st.integers(0, 2**31))
-    def test(name: str, amp: bool, attention: str, seed: int) -> None:
-        check(name, amp, attention, seed)
-
-    return test
+SEEDS = st.integers(0, 2**31)
 
 
-# A few plans for each case here, 1,000 each in the full suite; a failing seed is printed.
-test_random_plans = each_case(random_plan_test(4))
-test_many_random_plans = pytest.mark.full(pytest.mark.timeout(14400)(each_case(random_plan_test(1000))))
+def random_plans(number: int) -> Any:
+    """So many of them; a failing seed is printed."""
+    return settings(
+        max_examples=number, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True, database=None
+    )
+
+
+@each_case
+@random_plans(4)
+@given(seed=SEEDS)
+def test_random_plans(name: str, amp: bool, attention: str, seed: int) -> None:
+    check(name, amp, attention, seed)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(14400)
+@pytest.mark.parametrize("name", list(ZOO))
+@random_plans(1000)
+@given(seed=SEEDS, amp=st.booleans(), eager=st.booleans())
+def test_a_thousand_random_plans(name: str, seed: int, amp: bool, eager: bool) -> None:
+    """For each model, in all its precisions and attentions together."""
+    check(name, amp, ZOO[name].attentions[-1 if eager else 0], seed)
 
 
 @each_case
