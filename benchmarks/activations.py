@@ -27,7 +27,7 @@ from stowplan.core.plan import Plan
 from stowplan.core.program import Action
 from stowplan.core.units import format_bytes
 from stowplan.demo import make_optimizer
-from stowplan.offload.block_capture import synchronize
+from stowplan.offload.capture.block_capture import synchronize
 
 __all__ = ["Setting", "show", "take_turns"]
 

@@ -11,7 +11,8 @@ from stowplan.offload.tape.run import Counters
 from stowplan.reports import text
 from stowplan.session.applying import AppliedPlan, applied, apply
 from stowplan.session.dry import dry
-from stowplan.session.planning import FORWARD_NOTE, plan, replan
+from stowplan.session.making import FORWARD_NOTE
+from stowplan.session.planning import plan, replan
 from stowplan.session.wrapping import wrap
 
 __all__ = [

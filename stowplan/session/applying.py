@@ -20,7 +20,7 @@ from stowplan.offload.intercept import Forward, Interception
 from stowplan.offload.observer import memory_observer
 from stowplan.offload.tape.checks import Checks, Verify
 from stowplan.offload.tape.run import Counters
-from stowplan.session.planning import device_of
+from stowplan.session.making import device_of
 from stowplan.session.watching import Watch, failure_note
 
 __all__ = ["AppliedPlan", "applied", "apply"]

@@ -28,7 +28,7 @@ from stowplan.offload.dry.datasheet import Datasheet
 from stowplan.offload.dry.mode import Costs
 from stowplan.offload.dry.probes import Probes
 from stowplan.offload.dry.run import DryRun, building
-from stowplan.session.planning import Batch, LossFunction, Options, budgets_here, device_of, make_plan
+from stowplan.session.making import Batch, LossFunction, Options, budgets_here, device_of, make_plan
 
 __all__ = ["dry", "plan_dry"]
 

@@ -19,7 +19,7 @@ from stowplan.offload.intercept import Forward, Interception
 from stowplan.offload.tape.checks import Verify
 from stowplan.session.applying import AppliedPlan, applied
 from stowplan.session.batches import exceeds, shapes_of_call
-from stowplan.session.planning import (
+from stowplan.session.making import (
     Batch,
     LossFunction,
     Options,
@@ -28,8 +28,8 @@ from stowplan.session.planning import (
     device_of,
     make_plan,
     own_loss,
-    replan,
 )
+from stowplan.session.planning import replan
 from stowplan.session.watching import Excess
 
 __all__ = ["wrap"]

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from stowplan.core.errors import InvalidArgument
-from stowplan.offload.instruments import RealInstruments
+from stowplan.offload.capture.instruments import RealInstruments
+from stowplan.offload.capture.optimizers import OptimizerCost, optimizer_cost, state_bytes
 from stowplan.offload.memory_log import memory_log
-from stowplan.offload.optimizers import OptimizerCost, optimizer_cost, state_bytes
 
 HERE = RealInstruments(torch.device("cpu"))
 KIB = 2**10

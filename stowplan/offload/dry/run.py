@@ -139,8 +139,8 @@ class DryRun:
     def _run_for_real(
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[float, float]:
-        from stowplan.offload.block_capture import graph_end, measure_seconds
-        from stowplan.offload.instruments import RealInstruments
+        from stowplan.offload.capture.block_capture import graph_end, measure_seconds
+        from stowplan.offload.capture.instruments import RealInstruments
 
         assert self._real_device is not None
         memo: dict[int, Any] = {id(t): self._made_real(t) for t in (*module.parameters(), *module.buffers())}

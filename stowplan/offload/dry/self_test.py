@@ -94,7 +94,7 @@ def largest_difference() -> float:
 def _captured(
     model: nn.Module, tokens: torch.Tensor, optimizer: torch.optim.Optimizer, run: DryRun | None
 ) -> StepProgram:
-    from stowplan.offload.capture import capture
+    from stowplan.offload.capture.step import capture
 
     def loss_of(output: Any) -> torch.Tensor:
         loss: torch.Tensor = output

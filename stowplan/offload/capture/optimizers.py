@@ -20,10 +20,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_iter
 
 from stowplan.core.errors import InvalidArgument
+from stowplan.offload.capture.instruments import Instruments
 from stowplan.offload.dry.known import Known
 from stowplan.offload.dry.mode import DryLog, DryMode
 from stowplan.offload.dry.run import DryRun
-from stowplan.offload.instruments import Instruments
 from stowplan.offload.memory_log import MemoryLog
 from stowplan.offload.storages import storage_bytes
 

@@ -13,13 +13,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from stowplan.core.errors import UnsupportedModel
 from stowplan.offload.arguments import flatten, signature, tensors_in
-from stowplan.offload.block_capture import BlockCapture, capture_block
-from stowplan.offload.block_program import Casts, Surroundings
 from stowplan.offload.blocks import Block, likeness
-from stowplan.offload.instruments import Instruments
+from stowplan.offload.capture.block_capture import BlockCapture, capture_block
+from stowplan.offload.capture.block_program import Casts, Surroundings
+from stowplan.offload.capture.instruments import Instruments
+from stowplan.offload.capture.stand_in import stand_in
 from stowplan.offload.intercept import Forward, Interception
 from stowplan.offload.memory_log import Segment
-from stowplan.offload.stand_in import stand_in
 
 __all__ = ["EMBEDDING_FORWARD", "END", "Call", "Moment", "Outline", "after", "before", "given_back", "handed_on"]
 

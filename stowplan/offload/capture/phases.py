@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from stowplan.core.program import BlockProgram, Gap, Phase
-from stowplan.offload.outline import (
+from stowplan.offload.capture.outline import (
     EMBEDDING_FORWARD,
     END,
     Moment,

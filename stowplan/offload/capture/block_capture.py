@@ -13,13 +13,13 @@ import torch
 
 from stowplan.core.program import BlockProgram
 from stowplan.offload.arguments import flatten, map_tree, tensors_in
-from stowplan.offload.block_program import Casts, Surroundings, single_assignment
+from stowplan.offload.capture.block_program import Casts, Surroundings, single_assignment
+from stowplan.offload.capture.instruments import Instruments
+from stowplan.offload.capture.own_arguments import input_bytes, own_arguments, without_arguments
 from stowplan.offload.copies import PlainCopies
 from stowplan.offload.host_slab import HostSlab
-from stowplan.offload.instruments import Instruments
 from stowplan.offload.intercept import Forward
 from stowplan.offload.memory_log import Segment
-from stowplan.offload.own_arguments import input_bytes, own_arguments, without_arguments
 from stowplan.offload.recording import Recording, record_call
 from stowplan.offload.storages import storage_bytes
 from stowplan.offload.tape.proof import prove

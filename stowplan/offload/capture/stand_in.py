@@ -9,7 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from stowplan.offload.arguments import map_tree, tensors_in
-from stowplan.offload.own_arguments import Passed
+from stowplan.offload.capture.own_arguments import Passed
 
 __all__ = ["stand_in"]
 

@@ -13,10 +13,10 @@ from stowplan.core.units import format_bytes
 from stowplan.offload.arguments import tensors_in
 from stowplan.offload.blocks import Block, refuse_unsupported
 from stowplan.offload.buffers import Buffers
-from stowplan.offload.instruments import Instruments, RealInstruments
-from stowplan.offload.optimizers import OptimizerCost, optimizer_cost, state_bytes
-from stowplan.offload.outline import Moment, Outline
-from stowplan.offload.phases import phases_of
+from stowplan.offload.capture.instruments import Instruments, RealInstruments
+from stowplan.offload.capture.optimizers import OptimizerCost, optimizer_cost, state_bytes
+from stowplan.offload.capture.outline import Moment, Outline
+from stowplan.offload.capture.phases import phases_of
 from stowplan.offload.recording import devices_of
 from stowplan.offload.storages import storage_bytes
 from stowplan.offload.tape.rng import restored

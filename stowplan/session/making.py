@@ -1,0 +1,194 @@
+"""From a model and a batch, real or fake, to a plan: capture, then the planner."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import platform
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from stowplan.core.errors import InvalidArgument, UnsupportedModel
+from stowplan.core.hardware import Hardware
+from stowplan.core.plan import Plan
+from stowplan.core.units import format_bytes, parse_bytes
+from stowplan.offload.blocks import Blocks, find_blocks
+from stowplan.offload.calibrate import RESERVE_BYTES, device_budget_bytes, host_budget_bytes
+from stowplan.offload.capture.instruments import Instruments
+from stowplan.offload.capture.step import capture
+from stowplan.session.batches import describe
+
+__all__ = [
+    "FORWARD_NOTE",
+    "Batch",
+    "LossFunction",
+    "Options",
+    "Size",
+    "budgets_here",
+    "device_of",
+    "make_plan",
+    "own_loss",
+]
+
+Size = int | str
+LossFunction = Callable[[Any, Any], Any]
+
+# On errors of the user's own model, so that who shows them can tell them from ours.
+FORWARD_NOTE = "raised by the model's forward on the batch that was given to stowplan.plan"
+
+
+class Options(NamedTuple):
+    """What ``plan`` was asked for beside the model and the machine."""
+
+    budget: Size = "auto"
+    host_budget: Size = "auto"
+    optimizer: torch.optim.Optimizer | None = None
+    blocks: Blocks = None
+    solver: str = "HiGHS"
+    time_limit_seconds: float = 5.0
+    hold_gradients: bool = False
+    hold_output: bool = True
+    on_progress: Callable[[str], None] = lambda message: None
+
+
+def make_plan(
+    model: torch.nn.Module,
+    forward: Callable[[], Any],
+    loss_of: Callable[[Any], torch.Tensor],
+    batch: Any,
+    machine: Hardware,
+    budgets: tuple[int, int],
+    options: Options,
+    instruments: Instruments | None = None,
+) -> Plan:
+    """``plan`` for callers that run the forward pass and find the loss themselves.
+
+    ``budgets`` are those of device and host, in bytes. Without ``instruments`` the model's device is measured.
+    """
+    from stowplan.planner.activations import solve
+
+    device = device_of(model)
+    device_bytes, host_bytes = budgets
+    captured = capture(
+        model,
+        find_blocks(model, options.blocks),
+        forward,
+        loss_of,
+        optimizer=options.optimizer,
+        batch=batch,
+        instruments=instruments,
+        hold_gradients=options.hold_gradients,
+        hold_output=options.hold_output,
+        on_progress=options.on_progress,
+    )
+    options.on_progress("solving")
+    answer = solve(
+        captured.step,
+        machine,
+        device_bytes,
+        host_bytes,
+        solver=options.solver,
+        time_limit_seconds=options.time_limit_seconds,
+        on_progress=options.on_progress,
+    )
+    reserve = (f"of the free memory {format_bytes(RESERVE_BYTES)} are left alone",) if options.budget == "auto" else ()
+    return Plan(
+        model=type(model).__name__,
+        batch=describe(batch),
+        budget_bytes=device_bytes,
+        host_budget_bytes=host_bytes,
+        hardware=machine,
+        step=captured.step,
+        decisions=answer.decisions,
+        prediction=answer.prediction,
+        unplanned=answer.unplanned,
+        solution=answer.solution,
+        least_budget_bytes=answer.least_budget_bytes,
+        baselines=answer.baselines,
+        declined=answer.declined,
+        assumptions=(*captured.assumptions, *_standing_assumptions(device), *reserve),
+        versions=_versions(),
+    )
+
+
+def budgets_here(options: Options, device: torch.device) -> tuple[int, int]:
+    """Device and host budget in bytes; ``"auto"`` asks ``device`` and the host."""
+    of_device = device_budget_bytes(device) if options.budget == "auto" else parse_bytes(options.budget, "budget")
+    of_host = host_budget_bytes() if options.host_budget == "auto" else parse_bytes(options.host_budget, "host_budget")
+    return of_device, of_host
+
+
+def _standing_assumptions(device: torch.device) -> Iterator[str]:
+    yield "bytes are those of live tensors and kernels' scratch; the allocator's fragmentation comes on top"
+    yield "copies to and from the host stop compute: they are not overlapped yet"
+    if device.type == "cpu":
+        yield "the CPU stands in for a device: host bytes are taken from the system beside its allocator"
+
+
+class Batch:
+    """Calls a model on a batch and finds the loss."""
+
+    def __init__(self, model: torch.nn.Module, batch: Any, loss_fn: LossFunction | None) -> None:
+        self.model = model
+        self.batch = batch
+        self.loss_fn = loss_fn
+        if not isinstance(batch, Mapping | tuple | list | torch.Tensor):
+            raise InvalidArgument(
+                f"batch is a {type(batch).__name__}; allowed: a dict of keyword arguments, a tuple or list of "
+                f"positional ones, or one tensor."
+            )
+
+    def forward(self) -> Any:
+        try:
+            if isinstance(self.batch, Mapping):
+                return self.model(**self.batch)
+            if isinstance(self.batch, torch.Tensor):
+                return self.model(self.batch)
+            return self.model(*self.batch)
+        except Exception as error:
+            error.add_note(FORWARD_NOTE)
+            raise
+
+    def loss_of(self, output: Any) -> torch.Tensor:
+        """The scalar to differentiate. Raises InvalidArgument where there is none."""
+        loss: Any = self.loss_fn(output, self.batch) if self.loss_fn is not None else own_loss(output)
+        if loss is None:
+            raise InvalidArgument(
+                f"the model's output ({type(output).__name__}) has no loss to differentiate; give loss_fn=, a function "
+                f"of (output, batch), or put labels into the batch."
+            )
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
+            raise InvalidArgument("the loss is not a tensor of one element with a gradient; loss_fn= must return one.")
+        return loss
+
+
+def own_loss(output: Any) -> torch.Tensor | None:
+    """The loss that a model's output brings along; None where there is none."""
+    if isinstance(output, torch.Tensor):
+        return output if output.numel() == 1 else None
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    return loss if isinstance(loss, torch.Tensor) else None
+
+
+def device_of(model: torch.nn.Module) -> torch.device:
+    """The one device of the model's parameters. Raises UnsupportedModel for several, or for neither cpu nor cuda."""
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) != 1:
+        raise UnsupportedModel(
+            f"the model's parameters are on {len(devices)} devices ({', '.join(sorted(map(str, devices))) or 'none'}); "
+            f"stowplan plans for one device a process."
+        )
+    (device,) = devices
+    if device.type not in ("cpu", "cuda", "meta"):
+        raise UnsupportedModel(f"the model is on {device}; stowplan plans for cpu and cuda.")
+    return device
+
+
+def _versions() -> tuple[tuple[str, str], ...]:
+    found = [("python", platform.python_version())]
+    for package in ("stowplan", "torch", "transformers"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found.append((package, importlib.metadata.version(package)))
+    return tuple(found)
