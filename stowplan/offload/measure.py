@@ -62,6 +62,7 @@ class Meter:
         return self._measurement
 
     def __enter__(self) -> Meter:
+        gc.collect()  # garbage from before must not be freed under the log, which would count it
         self._base_bytes = self._bytes_at_entry()
         self._log.__enter__()
         self._hooks = [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
@@ -10,6 +12,12 @@ from stowplan.offload.memory_log import CpuMemoryLog, Segment, memory_log
 
 CPU = torch.device("cpu")
 KIB = 2**10
+
+
+@pytest.fixture(autouse=True)
+def _no_garbage() -> None:
+    """What other tests left must not be freed while a log is open: it may be known from an earlier one."""
+    gc.collect()
 
 
 def bytes_(num_bytes: int) -> torch.Tensor:

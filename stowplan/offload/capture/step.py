@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -67,7 +68,7 @@ def capture(
     instruments = instruments or RealInstruments(next(model.parameters()).device)
     static = frozenset(t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers(), *tensors_in(batch)))
     outline = Outline(blocks, instruments, hold_gradients, hold_output, static, on_progress)
-    with _untouched(model):
+    with _untouched(model), _without_collections():
         _reset_gradients(model, hold_gradients)
         outline.explore(forward, loss_of)
         _reset_gradients(model, hold_gradients)
@@ -100,6 +101,19 @@ def _untouched(model: torch.nn.Module) -> Iterator[None]:
         for parameter, gradient in gradients:
             parameter.grad = gradient
         buffers.restore()
+
+
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """Let no garbage from before go while live bytes are being watched: the log would take it for a free of its own."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _reset_gradients(model: torch.nn.Module, hold_gradients: bool) -> None:
