@@ -46,7 +46,8 @@ def hooked(action: Action) -> Callable[[torch.nn.Module], None]:
         planned = {value.name: action if action in value.actions else Action.SWAP for value in values}
         copies, counters = PlainCopies(HostSlab(1 << 26)), Counters()
         for block in find_blocks(model):
-            PlannedBlock(block, planned, copies, counters, Checks())
+            hooks = PlannedBlock(block, [planned], copies, counters, Checks())
+            hooks.untouched.clear()  # a block that keeps everything is left alone otherwise
 
     return apply
 
