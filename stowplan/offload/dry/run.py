@@ -13,6 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
+from stowplan.offload.arguments import map_tree
 from stowplan.offload.dry.cuda import CudaTarget, pretended_cuda
 from stowplan.offload.dry.cuda_costs import allocated_bytes, library_bytes
 from stowplan.offload.dry.known import Known
@@ -145,7 +146,11 @@ class DryRun:
         assert self._real_device is not None
         memo: dict[int, Any] = {id(t): self._made_real(t) for t in (*module.parameters(), *module.buffers())}
         twin = copy.deepcopy(module, memo)
-        real_args, real_kwargs = self._tree_made_real(args), self._tree_made_real(kwargs)
+
+        def real(leaf: Any) -> Any:
+            return self._made_real(leaf) if isinstance(leaf, torch.Tensor) else leaf
+
+        real_args, real_kwargs = map_tree(args, real), map_tree(kwargs, real)
         instruments = RealInstruments(self._real_device)
 
         def call() -> Any:
@@ -163,15 +168,6 @@ class DryRun:
         if isinstance(fake, torch.nn.Parameter):
             return torch.nn.Parameter(known.detach(), fake.requires_grad)
         return known.detach().requires_grad_(fake.requires_grad)
-
-    def _tree_made_real(self, tree: Any) -> Any:
-        if isinstance(tree, torch.Tensor):
-            return self._made_real(tree)
-        if isinstance(tree, dict):
-            return {key: self._tree_made_real(item) for key, item in tree.items()}
-        if isinstance(tree, tuple | list):
-            return type(tree)([self._tree_made_real(item) for item in tree])
-        return tree
 
     # ---- a fake model ---------------------------------------------------------------------------------------------
     @contextmanager
