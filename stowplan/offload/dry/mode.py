@@ -81,6 +81,7 @@ class DryMode(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         if self.known.answers(func):
+            self.last = Cost()  # not that of the op before
             return self.known.answer(func, args, kwargs)
         if func is aten.add.Tensor and not kwargs and _joins_gradients(*args):
             func = aten.add_.Tensor
