@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
 
-__all__ = ["Action", "BlockProgram", "Gap", "Op", "Phase", "StepProgram", "Value"]
+__all__ = ["Action", "BlockProgram", "Decision", "Gap", "Op", "Phase", "Split", "StepProgram", "Value"]
 
 
 class Action(StrEnum):
@@ -24,12 +24,32 @@ class Action(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Split:
+    """What happens to the token rows of one saved value: nested fractions, as in MEMO (arXiv 2407.12117, section 4.1).
+
+    The first ``recomputed`` rows are made again, the ``swapped`` next ones wait on the host, the rest is kept. A row is
+    one of ``Value.num_rows`` equal, contiguous stretches of the value's storage.
+    """
+
+    recomputed: int
+    swapped: int
+
+
+# What a plan says of one saved value: the same for all of it, or by rows.
+Decision = Action | Split
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Value:
     """A storage that the block reads or makes.
 
     Values that autograd saves carry the ``actions`` that are allowed for them; all others have none and exist only
     as steps on the way to a recomputation. Parameters, and inputs that all blocks share (masks, rotary tables), are
     no values: they are on the device anyway.
+
+    A value with ``num_rows`` may be swapped by rows; ``splits`` are the numbers of first rows that may be recomputed
+    alone (ascending, below ``num_rows``): at capture they had the same bits as in the whole or, where the plan need not
+    be exact, were within its tolerance.
     """
 
     name: str
@@ -38,6 +58,8 @@ class Value:
     actions: tuple[Action, ...] = ()
     shape: tuple[int, ...] = ()
     dtype: str = ""
+    num_rows: int = 0  # 0: may not be divided
+    splits: tuple[int, ...] = ()
     lingers: bool = False  # stays alive until the forward pass ends even if not kept (autocast's weight casts, caches)
 
     @property
