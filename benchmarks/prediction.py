@@ -4,8 +4,9 @@
     python -m benchmarks.prediction --only llama,t5 --no-seconds
 
 Each model is planned for dry, then trained for real: bytes as torch's allocator reports them, seconds as the median of
-steps taken before and after a prediction. Where the two disagree by more than 6%, the machine was not quiet and the case
-is timed again, up to six times; "unrest" is the disagreement of the pair that was kept. Writes benchmarks/results/prediction.json and .md.
+steps taken before and after a prediction. Where the two disagree by more than 6%, the machine was not quiet and the
+case is timed again, up to six times; "unrest" is the disagreement of the pair that was kept. Writes
+benchmarks/results/prediction.json and .md.
 """
 
 from __future__ import annotations

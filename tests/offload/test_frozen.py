@@ -104,7 +104,7 @@ def test_what_is_planned_is_what_torch_saves(name: str) -> None:
     if name == "half frozen":
         assert [program.saved_bytes > 0 for program in programs] == [False, False, True, True]
         assert [program.gradient_bytes > 0 for program in programs] == [False, False, True, True]
-        assert programs[0].backward_seconds < programs[3].backward_seconds / 10
+        assert programs[0].backward_peak_bytes < programs[3].backward_peak_bytes / 2
     else:
         full = session.plan(models.llama(num_blocks=4, hidden=64), models.batch_for(0, **SHAPE), budget="1GiB").step
         trained = sum(4 * p.numel() for p in lora().model.layers[0].parameters() if p.requires_grad)

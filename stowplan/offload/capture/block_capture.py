@@ -26,12 +26,13 @@ from stowplan.offload.tape.proof import prove
 from stowplan.offload.tape.run import Counters
 from stowplan.offload.tape.tape import Origin, Tape
 
-__all__ = ["BlockCapture", "capture_block", "graph_end", "measure_seconds"]
+__all__ = ["BlockCapture", "capture_block", "graph_end", "median_seconds"]
 
 Strides = Sequence[tuple[int, ...]]
 GraphEnd = Callable[[Any], torch.Tensor | None]
 
-_NUM_TIMED_RUNS = 3
+# A machine is disturbed for tenths of a second at a time: a median over less than that is one of the disturbance.
+_LEAST_TIMED_RUNS, _MOST_TIMED_RUNS, _ENOUGH_SECONDS = 3, 20, 0.5
 _NUM_TIMED_REPLAYS = 2
 
 
@@ -124,10 +125,8 @@ def capture_block(
 
     end = functools.partial(graph_end, strides=gradient_strides)
     segments, output = _measure_memory(call, end, instruments)
-    num_runs = 1 if instruments.dry else _NUM_TIMED_RUNS
-    times = [measure_seconds(call, end, module, instruments, held_gradients) for _ in range(num_runs)]
-    forward_seconds, backward_seconds = (statistics.median(column) for column in zip(*times, strict=True))
-    seconds = instruments.block_seconds(module, args, kwargs, (forward_seconds, backward_seconds))
+    estimate = median_seconds(call, end, module, instruments, held_gradients)
+    seconds = instruments.block_seconds(module, args, kwargs, estimate)
     for op in tape.ops if instruments.dry else ():
         op.seconds *= instruments.scale
     leaves = flatten(args, kwargs)
@@ -291,14 +290,30 @@ def _detached(tree: Any) -> Any:
     return map_tree(tree, detached)
 
 
-def measure_seconds(
+def median_seconds(
     call: Callable[[], Any],
     make_end: GraphEnd,
     module: torch.nn.Module,
     instruments: Instruments,
     held_gradients: bool,
 ) -> tuple[float, float]:
-    """Seconds of one forward and of its backward."""
+    """Seconds of a forward and of its backward, over several runs; a dry run is always the same."""
+    times: list[tuple[float, float]] = []
+    while len(times) < _LEAST_TIMED_RUNS or (len(times) < _MOST_TIMED_RUNS and sum(map(sum, times)) < _ENOUGH_SECONDS):
+        times.append(_measure_seconds(call, make_end, module, instruments, held_gradients))
+        if instruments.dry:
+            break
+    forward_seconds, backward_seconds = (statistics.median(column) for column in zip(*times, strict=True))
+    return forward_seconds, backward_seconds
+
+
+def _measure_seconds(
+    call: Callable[[], Any],
+    make_end: GraphEnd,
+    module: torch.nn.Module,
+    instruments: Instruments,
+    held_gradients: bool,
+) -> tuple[float, float]:
     _clear_gradients(module, held_gradients)
     start = instruments.seconds()
     output = call()

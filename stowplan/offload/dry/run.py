@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -24,7 +24,6 @@ from stowplan.offload.tape.tape import TapeOp
 
 __all__ = ["DryRun", "building", "is_fake"]
 
-_NUM_TIMED_RUNS = 3
 # A real block is tried only if its tensors are surely no more than this share of the available memory.
 _MAX_SHARE = 1 / 3
 _BYTES_PER_PARAMETER_BYTE = 3  # weights, gradients, and room
@@ -140,7 +139,7 @@ class DryRun:
     def _run_for_real(
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[float, float]:
-        from stowplan.offload.capture.block_capture import graph_end, measure_seconds
+        from stowplan.offload.capture.block_capture import graph_end, median_seconds
         from stowplan.offload.capture.instruments import RealInstruments
 
         assert self._real_device is not None
@@ -157,8 +156,7 @@ class DryRun:
             torch.clear_autocast_cache()
             return twin(*real_args, **real_kwargs)
 
-        runs = [measure_seconds(call, graph_end, twin, instruments, False) for _ in range(1 + _NUM_TIMED_RUNS)][1:]
-        return statistics.median(run[0] for run in runs), statistics.median(run[1] for run in runs)
+        return median_seconds(call, graph_end, twin, instruments, held_gradients=False)
 
     def _made_real(self, fake: torch.Tensor) -> torch.Tensor:
         known = _KNOWN.twin_of(fake)
@@ -189,15 +187,14 @@ class DryRun:
                 tensors[name] = value
 
     def _faked(self, tree: Any) -> Any:
-        if isinstance(tree, torch.Tensor):
-            if id(tree) not in self._fakes:
-                self._fakes[id(tree)] = self._fake(tree)
-            return self._fakes[id(tree)]
-        if isinstance(tree, Mapping):
-            return {key: self._faked(item) for key, item in tree.items()}
-        if isinstance(tree, tuple | list):
-            return type(tree)([self._faked(item) for item in tree])
-        return tree
+        def fake(leaf: Any) -> Any:
+            if not isinstance(leaf, torch.Tensor):
+                return leaf
+            if id(leaf) not in self._fakes:
+                self._fakes[id(leaf)] = self._fake(leaf)
+            return self._fakes[id(leaf)]
+
+        return map_tree(tree, fake)
 
     def _fake(self, tensor: torch.Tensor) -> torch.Tensor:
         fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=self.device)
