@@ -6,11 +6,15 @@ import copy
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence, Set
+from operator import is_
 from typing import Any
 
 import torch
 
 __all__ = ["Numbers", "flatten", "flatten_named", "map_tree", "signature", "tensors_in"]
+
+
+_LEAVES = frozenset({torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str})
 
 
 def flatten(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
@@ -22,7 +26,10 @@ def flatten(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
 
 
 def _flatten(tree: Any, leaves: list[Any]) -> None:
-    if isinstance(tree, tuple | list):
+    kind = type(tree)
+    if kind in _LEAVES:  # most are; the questions below are slow
+        leaves.append(tree)
+    elif isinstance(tree, tuple | list):
         for item in tree:
             _flatten(item, leaves)
     elif isinstance(tree, Mapping):
@@ -91,18 +98,20 @@ def tensors_in(tree: Any) -> list[torch.Tensor]:
     return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
-def signature(leaves: Sequence[Any], keywords: Iterable[str], numbers: tuple[Any, ...]) -> tuple[Any, ...]:
+def signature(leaves: Sequence[Any], keywords: Iterable[str], state: int = 0) -> tuple[Any, ...]:
     """What two calls must share for one tape to hold for both, as far as it can be seen from outside the block.
 
-    ``leaves`` are the flattened arguments, ``keywords`` the names of those given by name, in order, and ``numbers``
-    what the block itself knows (``Numbers``). Tensors that share a storage must share it again.
+    ``leaves`` are the flattened arguments, ``keywords`` the names of those given by name, in order, and ``state`` what
+    the block itself knows (``Numbers.state``), if that is to count. Tensors that share a storage must share it again.
     """
-    parts: list[Any] = [*keywords, numbers, *_autocast_state()]
+    parts: list[Any] = [*keywords, state, *_autocast_state()]
     storages: dict[int, int] = {}
     for leaf in leaves:
-        if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided:
-            storage = leaf.untyped_storage()
-            alias = storages.setdefault(storage._cdata, len(storages))
+        if isinstance(leaf, torch.Tensor):
+            if leaf.layout is not torch.strided:
+                parts.append(type(leaf))
+                continue
+            alias = storages.setdefault(leaf.untyped_storage()._cdata, len(storages))
             view = (leaf.shape, leaf.stride(), leaf.storage_offset(), alias)
             parts.append((*view, leaf.dtype, leaf.device, leaf.requires_grad))
         elif leaf is None or isinstance(leaf, bool | int | float | str):
@@ -114,6 +123,9 @@ def signature(leaves: Sequence[Any], keywords: Iterable[str], numbers: tuple[Any
 
 _PLAIN = bool | int | float | str
 _MAX_ITEMS = 16  # of a list or tuple of numbers that is read along
+_MAX_STATES = 64  # that are told from new ones
+# What every module has, apart from ``training``: parameters, children and hooks have other guards.
+_MODULES_OWN = frozenset(torch.nn.Module().__dict__) - {"training"}
 
 
 class Numbers:
@@ -125,37 +137,71 @@ class Numbers:
 
     def __init__(self, module: torch.nn.Module) -> None:
         self._module = module
+        self._states: dict[tuple[Any, ...], int] = {}
+        self._num_states = 0
         self._find()
 
-    def read(self) -> tuple[Any, ...]:
-        """What they are now, with their types."""
-        if sum(map(len, self._sources)) != self._num_attributes:
+    def state(self) -> int:
+        """A number for what they are now: the same while none of them changes, and again when all are as before."""
+        if not self._unchanged():
             self._find()
-        values = [attributes.get(name) for attributes, name in self._places]
-        types = tuple(map(type, values))
-        if types != self._types:  # some may have become lists or tensors
-            values = [v if v is None or isinstance(v, _PLAIN) else _items(v) for v in values]
-        lists = [_items(attributes.get(name)) for attributes, name in self._lists]
-        trained = [p is not None and p.requires_grad for parameters in self._parameters for p in parameters.values()]
-        return (*values, *lists, *trained, types)
+        return self._state
+
+    def _unchanged(self) -> bool:
+        """Are they all the objects that were found, and no others there? Most calls need to know no more."""
+        for get, names, values in self._seen:
+            if not all(map(is_, map(get, names), values)):
+                return False
+        for many, length, items in self._many:
+            if len(many) != length or not all(map(is_, many.values() if isinstance(many, dict) else many, items)):
+                return False
+        return sum(map(len, self._sources)) == self._num_attributes and self._trained == self._find_trained()
 
     def _find(self) -> None:
         modules = [child.__dict__ for child in self._module.modules()]
-        self._parameters = [child._parameters for child in self._module.modules() if child._parameters]
-        held = {id(v): vars(v) for attributes in modules for v in attributes.values() if _is_record(v)}
-        self._sources = [*modules, *held.values()]
+        records = {id(v): v for attributes in modules for v in attributes.values() if _is_record(v)}
+        self._sources = [*modules, *map(vars, records.values())]
         self._num_attributes = sum(map(len, self._sources))
-        named = [(attributes, name, value) for attributes in self._sources for name, value in attributes.items()]
-        self._places = [(a, name) for a, name, value in named if value is None or isinstance(value, _PLAIN)]
-        self._lists = [(a, name) for a, name, value in named if isinstance(value, list | tuple)]
-        self._types = tuple(type(attributes[name]) for attributes, name in self._places)
+        named = [
+            (attributes, name, value)
+            for attributes in self._sources
+            for name, value in attributes.items()
+            if name not in _MODULES_OWN
+        ]
+        single = [entry for entry in named if entry[2] is None or isinstance(entry[2], _PLAIN)]
+        many = [entry for entry in named if isinstance(entry[2], list | tuple | dict)]
+        seen: dict[int, tuple[Callable[[str], Any], list[str], list[Any]]] = {}
+        for attributes, name, value in (*single, *many, *(entry for entry in named if id(entry[2]) in records)):
+            _, names, values = seen.setdefault(id(attributes), (attributes.get, [], []))
+            names.append(name)
+            values.append(value)
+        self._seen = list(seen.values())
+        found_items = [items for _, _, value in many if (items := _items(value)) is not None]
+        self._many = [
+            (value, len(value), items)
+            for _, _, value in many
+            if not isinstance(value, tuple) and (items := _items(value)) is not None
+        ]
+        self._parameters = [own for child in self._module.modules() if (own := child._parameters)]
+        self._trained = self._find_trained()
+        state = (*((type(value), value) for _, _, value in single), *found_items, *self._trained)
+        found = self._states.pop(state, None)
+        if found is None:
+            found = self._num_states = self._num_states + 1
+        self._states[state] = self._state = found
+        if len(self._states) > _MAX_STATES:
+            del self._states[next(iter(self._states))]
+
+    def _find_trained(self) -> list[bool]:
+        return [p is not None and p.requires_grad for own in self._parameters for p in own.values()]
 
 
-def _items(value: Any) -> tuple[Any, ...] | None:
-    """A short list or tuple of numbers as a tuple; None for anything else."""
-    if isinstance(value, list | tuple) and len(value) <= _MAX_ITEMS and all(isinstance(v, _PLAIN) for v in value):
-        return tuple(value)
-    return None
+def _items(many: list[Any] | tuple[Any, ...] | dict[Any, Any]) -> tuple[Any, ...] | None:
+    """A short list, tuple or dict of numbers as a tuple; None for any other."""
+    items = many.values() if isinstance(many, dict) else many
+    if len(many) > _MAX_ITEMS or not all(v is None or isinstance(v, _PLAIN) for v in items):
+        return None
+    return tuple(items)
 
 
 def _is_record(value: Any) -> bool:

@@ -155,7 +155,7 @@ class PlannedBlock:
             refuse_hooks(self.name)
             self.checks.settle()
             leaves = flatten(args, kwargs)
-            key = (number, *signature(leaves, kwargs, self.numbers.read()))
+            key = (number, *signature(leaves, kwargs, self.numbers.state()))
             if key not in self.courses:
                 return self._record(key, forward, args, kwargs)
             course = self.courses[key]

@@ -65,9 +65,9 @@ def test_what_is_read_along() -> None:
     numbers = Numbers(block)
 
     def differs(change: Any) -> bool:
-        before, state = numbers.read(), copy.deepcopy(vars(config))
+        before, state = numbers.state(), copy.deepcopy(vars(config))
         change()
-        after = numbers.read()
+        after = numbers.state()
         vars(config).clear()
         vars(config).update(state)
         return before != after
@@ -78,6 +78,8 @@ def test_what_is_read_along() -> None:
     assert differs(lambda: config.scales.append(1.0))
     assert differs(lambda: setattr(config, "scale", [1.0]))
     assert differs(lambda: setattr(config, "new", 0.5))
+    block.scaling = {"default": 1.0}  # as adapters have it
+    assert differs(lambda: block.scaling.update(default=2.0))
     assert differs(block.eval)
     block.train()
     assert differs(lambda: block.first.weight.requires_grad_(False))

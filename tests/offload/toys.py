@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from collections import UserDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import cycle
@@ -155,7 +156,7 @@ class ToyBlock(nn.Module):
         self.second = nn.Linear(WIDTH, WIDTH)
         self.norm = nn.BatchNorm1d(WIDTH)
         self.body = body
-        self.unseen: dict[str, Any] = {}
+        self.unseen: UserDict[str, Any] = UserDict()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.body(self, x)

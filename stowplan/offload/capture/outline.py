@@ -199,7 +199,7 @@ class Outline:
         self._mark(before(number))
         leaves = flatten(args, kwargs)
         strides = self._strides[number] if number < len(self._strides) else None
-        kind = (likeness(module), signature(leaves, kwargs, ()), strides)
+        kind = (likeness(module), signature(leaves, kwargs), strides)
         if kind not in self.captures:
             self.on_progress(f"measuring {self.blocks[block].name} ({type(module).__name__})")
             self.captures[kind], self._templates[kind] = capture_block(

@@ -1,6 +1,6 @@
 """Comparing what backward gets with what the forward pass had.
 
-The signature of a call cannot see everything that a block computes with (a number in a closure or a dict, say). So some
+The signature of a call cannot see everything that a block computes with (a number in a closure, say). So some
 bytes of what is recomputed are kept and compared after the replay; on demand, all bytes of all that was away.
 
 Note: when a check is read
