@@ -1,7 +1,8 @@
-"""What hooks cost in the steady state: a model so small that Python, not kernels, takes the time.
+"""What a plan costs in the steady state, on models so small that Python, not kernels, takes the time.
 
 Contenders run in turn, round by round, in one process; medians of single-thread CPU seconds are compared with the plain
-model's. ``python -m benchmarks.overhead --help``
+model's, for a Llama with tiny layers. Then chains of short and of many ops tell what each saved tensor costs over hooks
+that do nothing, and each call of a block beside. ``python -m benchmarks.overhead --help``
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import argparse
 import gc
 import statistics
 import time
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from stowplan.offload.copies import PlainCopies
 from stowplan.offload.engine import Engine, PlannedBlock
 from stowplan.offload.host_slab import HostSlab
 from stowplan.offload.tape.checks import Checks
+from stowplan.offload.tape.replay import below_autograd
 from stowplan.offload.tape.run import Counters
 
 
@@ -41,11 +44,12 @@ def hooked(action: Action) -> Callable[[torch.nn.Module], None]:
     """Every block hooked, also where all is kept, which a plan would not touch."""
 
     def apply(model: torch.nn.Module) -> None:
-        (program,) = session.plan(tiny_llama(), make_batch(), budget="1GiB").step.programs
-        values = [program.values[i] for i in program.saved]
-        planned = {value.name: action if action in value.actions else Action.SWAP for value in values}
+        plan = session.plan(model, make_batch(), budget="1GiB")
         copies, counters = PlainCopies(HostSlab(1 << 26)), Counters()
-        for block in find_blocks(model):
+        for number, block in enumerate(find_blocks(model)):
+            program = plan.step.program_of(number)
+            values = [program.values[i] for i in program.saved]
+            planned = {v.name: action if action in v.actions else Action.SWAP for v in values}
             hooks = PlannedBlock(block, [planned], copies, counters, Checks())
             hooks.untouched.clear()  # a block that keeps everything is left alone otherwise
 
@@ -96,23 +100,31 @@ def step(model: torch.nn.Module, batch: dict[str, Any]) -> tuple[float, float]:
     return middle - start, time.thread_time() - middle
 
 
-def run(num_rounds: int) -> list[dict[str, Any]]:
-    torch.set_num_threads(1)
-    models = {name: tiny_llama() for name in CONTENDERS}
-    for name, prepare in CONTENDERS.items():
-        prepare(models[name])
+def take_turns(models: Mapping[Any, torch.nn.Module], num_rounds: int) -> dict[Any, tuple[float, float]]:
+    """Median CPU seconds of forward and backward of each model."""
     batch = make_batch()
     for model in models.values():
         for _ in range(5):
             step(model, batch)
     gc.collect()
     gc.disable()
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
+    times: dict[Any, list[tuple[float, float]]] = {key: [] for key in models}
     for _ in range(num_rounds):
-        for name, model in models.items():
-            times[name].append(step(model, batch))
+        for key, model in models.items():
+            times[key].append(step(model, batch))
     gc.enable()
-    medians = {name: [statistics.median(column) for column in zip(*rows, strict=True)] for name, rows in times.items()}
+    return {
+        key: (statistics.median(row[0] for row in rows), statistics.median(row[1] for row in rows))
+        for key, rows in times.items()
+    }
+
+
+def run(num_rounds: int) -> list[dict[str, Any]]:
+    torch.set_num_threads(1)
+    models = {name: tiny_llama() for name in CONTENDERS}
+    for name, prepare in CONTENDERS.items():
+        prepare(models[name])
+    medians = take_turns(models, num_rounds)
     plain = sum(medians["plain"])
     return [
         {
@@ -123,6 +135,84 @@ def run(num_rounds: int) -> list[dict[str, Any]]:
         }
         for name, (forward, backward) in medians.items()
     ]
+
+
+class Chain(torch.nn.Module):
+    """A block that saves the input of each of its ``length`` ops."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.length = length
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x * self.scale
+        for _ in range(self.length):
+            x = torch.nn.functional.silu(x)
+        return x
+
+
+class Chains(torch.nn.Module):
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(Chain(length) for _ in range(3))
+
+    def forward(self, input_ids: torch.Tensor, **unused: Any) -> Any:
+        x = input_ids.float()
+        for block in self.blocks:
+            x = block(x)
+        return types.SimpleNamespace(loss=x.sum())
+
+
+LENGTHS = (10, 60)
+ITEMS = {
+    "null hooks": null_hooks,
+    "KEEP": hooked(Action.KEEP),
+    "SWAP": hooked(Action.SWAP),
+    "RECOMPUTE": hooked(Action.RECOMPUTE),
+}
+
+
+def run_items(num_rounds: int) -> list[dict[str, Any]]:
+    """Microseconds for each saved tensor, and for each call of a block, over null hooks; kernels told apart."""
+    torch.set_num_threads(1)
+    models = {(name, length): Chains(length) for name in ITEMS for length in LENGTHS}
+    for (name, _), model in models.items():
+        ITEMS[name](model)
+    medians = {key: 1e6 * sum(times) / 3 for key, times in take_turns(models, num_rounds).items()}
+    rows = []
+    copied, computed = _kernel_us(num_rounds)
+    kernels = {"KEEP": 0.0, "SWAP": 2 * copied, "RECOMPUTE": computed}
+    short, long = LENGTHS
+    for name, kernel_us in kernels.items():
+        few, many = (medians[name, length] - medians["null hooks", length] for length in LENGTHS)
+        each = (many - few) / (long - short)
+        rows.append(
+            {
+                "action": name,
+                "per_tensor_us": round(each - kernel_us, 2),
+                "kernel_us": round(kernel_us, 2),
+                "per_call_us": round(few - short * each, 1),
+            }
+        )
+    return rows
+
+
+def _kernel_us(num_rounds: int) -> tuple[float, float]:
+    """A copy of a saved tensor, and the op that makes it again."""
+    x = make_batch()["input_ids"].float()
+    y = torch.empty_like(x)
+    silu = torch.ops.aten.silu.default
+    times: tuple[list[float], list[float]] = [], []
+    with below_autograd():
+        for _ in range(50 * num_rounds):
+            start = time.thread_time()
+            y.copy_(x)
+            middle = time.thread_time()
+            silu(x)
+            times[0].append(middle - start)
+            times[1].append(time.thread_time() - middle)
+    return 1e6 * statistics.median(times[0]), 1e6 * statistics.median(times[1])
 
 
 def main() -> None:
@@ -136,7 +226,11 @@ def main() -> None:
         print(
             f"{row['contender']:<28}{row['forward_us']:>12}{row['backward_us']:>13}{row['over_plain_percent']:>+11.1f}%"
         )
-    write_record(arguments.out, rows)
+    items = run_items(arguments.rounds)
+    print(f"\n{'over null hooks':<28}{'us per tensor':>14}{'its kernel':>12}{'us per call':>13}")
+    for item in items:
+        print(f"{item['action']:<28}{item['per_tensor_us']:>14}{item['kernel_us']:>12}{item['per_call_us']:>13}")
+    write_record(arguments.out, [*rows, *items])
 
 
 if __name__ == "__main__":
