@@ -203,16 +203,18 @@ def _kernel_us(num_rounds: int) -> tuple[float, float]:
     x = make_batch()["input_ids"].float()
     y = torch.empty_like(x)
     silu = torch.ops.aten.silu.default
-    times: tuple[list[float], list[float]] = [], []
+    kernels: tuple[Callable[[], object], ...] = (lambda: y.copy_(x), lambda: silu(x))
+    found = []
     with below_autograd():
-        for _ in range(50 * num_rounds):
-            start = time.thread_time()
-            y.copy_(x)
-            middle = time.thread_time()
-            silu(x)
-            times[0].append(middle - start)
-            times[1].append(time.thread_time() - middle)
-    return 1e6 * statistics.median(times[0]), 1e6 * statistics.median(times[1])
+        for kernel in kernels:
+            times = []
+            for _ in range(num_rounds):
+                start = time.thread_time()
+                for _ in range(100):
+                    kernel()
+                times.append((time.thread_time() - start) / 100)
+            found.append(1e6 * statistics.median(times))
+    return found[0], found[1]
 
 
 def main() -> None:

@@ -175,7 +175,7 @@ class PlannedBlock:
         kwargs: dict[str, Any],
     ) -> Any:
         position = draw_position(self.devices)
-        buffers = Buffers(self.module) if course.tape.writes_buffers else None
+        buffers = Buffers(self.module) if course.writes_buffers else None
         run = Run(self.name, self.copies, self.counters, self.checks)
         run.failure_note = self.failure_note
         run.follow(course, leaves, self._parameter_of, position)

@@ -46,6 +46,7 @@ class Course:
         self.tape = tape
         self.actions = dict(actions)
         self.targets = tuple(v for v, action in actions.items() if action is Action.RECOMPUTE)
+        self.writes_buffers = tape.writes_buffers
         self.open_ended = tape.prefix is not None  # more tensors may be saved than ``slots``, and are kept
         lasting = {slot.value for slot in tape.lasting_slots}
         self._available = {v for v, action in actions.items() if action is not Action.RECOMPUTE and v in lasting}
