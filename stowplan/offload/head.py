@@ -170,9 +170,10 @@ class _Sums:
         target = targets[first:last].unsqueeze(1)
         counted = target != ignore_index
         target = target.where(counted, 0)
-        torch.mm(rows, self._weight.T, out=logits)
-        if self._bias is not None:
-            logits += self._bias
+        if self._bias is None:
+            torch.mm(rows, self._weight.T, out=logits)
+        else:
+            torch.addmm(self._bias, rows, self._weight.T, out=logits)
         if exact is not logits:
             exact.copy_(logits)
         exact -= exact.amax(dim=1, keepdim=True)

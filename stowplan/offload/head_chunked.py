@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from stowplan.core.errors import NoLogits, PlanMismatch, StowplanError
 from stowplan.offload.blocks import Block
@@ -59,7 +60,7 @@ def find_head(model: nn.Module, blocks: Sequence[Block]) -> FoundHead:
         raise NotReplaceable(f"{type(model).__name__} has no linear layer outside its blocks that is its head")
     if type(layer) is not nn.Linear:
         raise NotReplaceable(f"{name} is a {type(layer).__name__}, not a torch.nn.Linear")
-    if any(type(tensor) is not nn.Parameter for tensor in layer.parameters()):
+    if any(type(tensor) not in (nn.Parameter, FakeTensor) for tensor in layer.parameters()):
         raise NotReplaceable(f"the parameters of {name} are not plain tensors (sharded, or quantised)")
     if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
         raise NotReplaceable(f"{name} has hooks, which would not see its output")

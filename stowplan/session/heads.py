@@ -112,11 +112,11 @@ def plan_head(
         found = find_head(model, blocks)
         ways = _ways(captured, found, try_head(model, found, captured.loss, dry=dry), only_least=allowed is None)
     except NotReplaceable as reason:
-        said = (f"the head is not replaced: {reason}",) if allowed else ()
         if failure is not None:
-            raise _with_advice(failure, *said) from None
+            raise _with_advice(failure, f"The head is not replaced: {reason}." if allowed else "") from None
         assert own is not None
-        return PlannedHead(captured.step, own, own.unplanned, said=said)
+        said = f"the head is not replaced: {reason}"
+        return PlannedHead(captured.step, own, own.unplanned, said=(said,) if allowed else ())
     head = Head(module=found.name, chunk_rows=0, allowed=bool(allowed), ways=ways)
     if allowed:
         planned = _best(captured.step, head, solver, own, failure)
