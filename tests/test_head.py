@@ -204,7 +204,9 @@ def test_wrap_takes_consent_and_goes_with_remove() -> None:
 def test_a_plan_for_another_head_is_a_mismatch(planned: stowplan.Plan) -> None:
     model = llama()
     model.lm_head = nn.Sequential(nn.Linear(32, CLASSES))
-    with pytest.raises(stowplan.PlanMismatch, match="the head lm_head in chunks, but LlamaForCausalLM has a Sequential"):
+    with pytest.raises(
+        stowplan.PlanMismatch, match="the head lm_head in chunks, but LlamaForCausalLM has a Sequential"
+    ):
         stowplan.apply(planned, model)
 
 

@@ -32,6 +32,8 @@ TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2, t
 
 # Sizes of chunks that are priced, as multiples of the default.
 _SIZES = (1, 4, 16)
+# Each chunk reads the weight and adds to its gradient: at long context more chunks cost time and save next to nothing.
+_MOST_CHUNKS = 128
 
 
 class NotReplaceable(Exception):
@@ -89,7 +91,7 @@ def head_named(model: nn.Module, name: str) -> nn.Linear:
 
 def chunk_sizes(num_rows: int, num_classes: int) -> list[int]:
     """Rows of a chunk to be priced, in ascending order: few enough to matter, each less than all rows."""
-    base = default_chunk_rows(num_classes)
+    base = max(default_chunk_rows(num_classes), -(-num_rows // _MOST_CHUNKS))
     sizes = [size for size in (base * factor for factor in _SIZES) if size < num_rows]
     return sizes or [max(1, -(-num_rows // 8))]
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from stowplan import linear_cross_entropy
 from stowplan.core.errors import InvalidArgument
 from stowplan.offload.head import default_chunk_rows
+from stowplan.offload.head_chunked import chunk_sizes
 from stowplan.offload.memory_log import memory_log
 
 ROWS, FEATURES, CLASSES, IGNORED = 23, 8, 50, -100
@@ -149,7 +150,9 @@ def test_sequences_need_not_be_flattened() -> None:
     given["hidden"] = given["hidden"].detach()[:20].reshape(4, 5, FEATURES).requires_grad_()
     target = labels()[:20].reshape(4, 5)
     loss = linear_cross_entropy(labels=target, **given)
-    assert torch.allclose(loss, F.cross_entropy(F.linear(given["hidden"], given["weight"]).flatten(0, 1), target.flatten()))
+    assert torch.allclose(
+        loss, F.cross_entropy(F.linear(given["hidden"], given["weight"]).flatten(0, 1), target.flatten())
+    )
 
 
 def test_no_more_than_a_chunk_of_logits_is_there() -> None:
@@ -168,6 +171,13 @@ def test_chunks_hold_about_sixteen_million_logits() -> None:
     assert default_chunk_rows(32_000) == 512
     assert default_chunk_rows(128_256) == 128
     assert default_chunk_rows(1 << 30) == 1
+
+
+def test_chunks_that_are_priced_are_few_and_smaller_than_all_rows() -> None:
+    assert chunk_sizes(4096, 32_000) == [512, 2048]
+    assert chunk_sizes(131_072, 128_256) == [1024, 4096, 16_384]
+    assert chunk_sizes(256, 64) == [32]
+    assert chunk_sizes(1, 64) == [1]
 
 
 @pytest.mark.parametrize(
