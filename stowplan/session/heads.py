@@ -120,9 +120,8 @@ def plan_head(
     head = Head(module=found.name, chunk_rows=0, allowed=bool(allowed), ways=ways)
     if allowed:
         planned = _best(captured.step, head, solver, own, failure)
-        return (
-            planned._replace(said=(_proof(planned.head, dry),)) if planned.head and planned.head.chunk_rows else planned
-        )
+        assert planned.head is not None
+        return planned._replace(said=(_proof(planned.head, dry),))
     if failure is not None:
         raise _with_advice(failure, _prospect(captured.step, head, solver, failure.least_bytes))
     assert own is not None
@@ -229,7 +228,8 @@ def _with_advice(failure: InfeasibleBudget, *more: str) -> InfeasibleBudget:
     return InfeasibleBudget(failure.budget_bytes, failure.least_bytes, failure.host_budget_bytes, advice)
 
 
-def _proof(head: Head | None, dry: bool) -> str:
-    assert head is not None
+def _proof(head: Head, dry: bool) -> str:
+    if not head.chunk_rows:
+        return "the head is not replaced: the model's own fits, and chunks would not make a step notably faster"
     proof = "its loss and gradients were not compared, as nothing was run" if dry else "proved within tolerance"
     return f"the head is replaced: {head.module} and its loss in chunks of {head.chunk_rows} rows, {proof}"
