@@ -253,7 +253,8 @@ def test_the_ways_are_weighed_again_for_another_budget(planned: stowplan.Plan) -
 
 def test_a_dry_plan_prices_it_too(planned: stowplan.Plan) -> None:
     with stowplan.dry():
-        made = plan(llama(), budget=planned.budget_bytes, chunked_head=True)
+        model = llama()
+    made = plan(model, budget=planned.budget_bytes, chunked_head=True)
     assert made.head is not None
     assert made.head.chunk_rows == 32
     assert made.prediction.peak_bytes == pytest.approx(planned.prediction.peak_bytes, rel=PEAK)
