@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         InvalidPlanFile,
         InvalidSize,
         MissingDependency,
+        NoLogits,
         PlanMismatch,
         PlanRejected,
         ReplayMismatch,
@@ -30,7 +31,18 @@ if TYPE_CHECKING:
     from stowplan.core.hardware import Hardware
     from stowplan.core.plan import Measurement, Plan, Prediction
     from stowplan.core.program import Action
-    from stowplan.session import allow_replay, applied, apply, dry, measure, plan, replan, report, wrap
+    from stowplan.session import (
+        allow_replay,
+        applied,
+        apply,
+        dry,
+        linear_cross_entropy,
+        measure,
+        plan,
+        replan,
+        report,
+        wrap,
+    )
 
 __version__ = "0.1.0"
 
@@ -44,6 +56,7 @@ __all__ = [
     "InvalidSize",
     "Measurement",
     "MissingDependency",
+    "NoLogits",
     "Plan",
     "PlanMismatch",
     "PlanRejected",
@@ -57,6 +70,7 @@ __all__ = [
     "applied",
     "apply",
     "dry",
+    "linear_cross_entropy",
     "measure",
     "plan",
     "replan",
@@ -68,7 +82,18 @@ _HOMES = {
     "stowplan.core.hardware": ("Hardware",),
     "stowplan.core.plan": ("Measurement", "Plan", "Prediction"),
     "stowplan.core.program": ("Action",),
-    "stowplan.session": ("allow_replay", "applied", "apply", "dry", "measure", "plan", "replan", "report", "wrap"),
+    "stowplan.session": (
+        "allow_replay",
+        "applied",
+        "apply",
+        "dry",
+        "linear_cross_entropy",
+        "measure",
+        "plan",
+        "replan",
+        "report",
+        "wrap",
+    ),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -104,6 +104,10 @@ def plan_command(
     dry: Annotated[
         bool, typer.Option("--dry", help="Do not run the model: build it without memory, count fake tensors.")
     ] = False,
+    chunked_head: Annotated[
+        bool,
+        typer.Option("--chunked-head", help="Allow the head and its loss in chunks: not bit for bit, no logits."),
+    ] = False,
     blocks: Annotated[
         str | None, typer.Option(metavar="DOTTED.NAME", help="The module list that holds the blocks, if not found.")
     ] = None,
@@ -133,6 +137,7 @@ def plan_command(
                 host_budget=host_bytes,
                 optimizer=job.optimizer,
                 hardware=machine,
+                chunked_head=chunked_head or None,
                 blocks=blocks,
                 solver=solver,
                 time_limit_seconds=time_limit,

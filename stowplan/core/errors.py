@@ -10,11 +10,14 @@ StowplanError
 ├── InvalidPlanFile                         a plan file that cannot be read
 ├── MissingDependency (also an ImportError) an optional package is needed; names the extra
 ├── SolverFailed                            the MIP solver gave no usable answer
+├── NoLogits (also a RuntimeError)          a chunked head makes no logits, and code asks for them
 ├── PlanRejected                            our own simulator contradicts the plan: a bug of ours
 └── ReplayMismatch (also a RuntimeError)    a recomputed value cannot be what the forward pass had
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 __all__ = [
     "BudgetExceeded",
@@ -23,6 +26,7 @@ __all__ = [
     "InvalidPlanFile",
     "InvalidSize",
     "MissingDependency",
+    "NoLogits",
     "PlanMismatch",
     "PlanRejected",
     "ReplayMismatch",
@@ -102,6 +106,26 @@ class BudgetExceeded(StowplanError):
 
     def __reduce__(self) -> tuple[type[BudgetExceeded], tuple[int, int]]:
         return type(self), (self.budget_bytes, self.measured_bytes)
+
+
+class NoLogits(StowplanError, RuntimeError):
+    """Code asks for logits under a plan with a chunked head, which computes the loss without making them.
+
+    Attributes:
+        asked: what was asked of them.
+        shape: what theirs would be.
+    """
+
+    def __init__(self, asked: str, shape: Sequence[int]) -> None:
+        self.asked, self.shape = asked, tuple(shape)
+        super().__init__(
+            f"{asked}: these logits {self.shape} were never made, as the plan has a chunked head: they may be cast, "
+            f"cut by rows and given to cross_entropy, once. Read logits in eval mode or under torch.no_grad(), where "
+            f"the head is the model's own, or plan without chunked_head=True."
+        )
+
+    def __reduce__(self) -> tuple[type[NoLogits], tuple[str, tuple[int, ...]]]:
+        return type(self), (self.asked, self.shape)
 
 
 class PlanMismatch(StowplanError):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from stowplan.core.errors import InvalidPlanFile
 from stowplan.core.hardware import Hardware
+from stowplan.core.head import Head, check_head
 from stowplan.core.program import Action, StepProgram, Value
 from stowplan.core.records import RecordError, from_plain, to_plain
 
@@ -111,6 +112,7 @@ class Plan:
         declined: everything fits without a plan: applying it does nothing and costs nothing.
         assumptions: what the figures rest on, in words.
         measurement: real steps, where there are any.
+        head: the model's head, if it is done in chunks of rows, or could be and that was looked at.
     """
 
     model: str
@@ -129,6 +131,7 @@ class Plan:
     assumptions: tuple[str, ...] = ()
     versions: tuple[tuple[str, str], ...] = ()
     measurement: Measurement | None = None
+    head: Head | None = None
 
     def actions_of(self, block: int) -> dict[str, Action]:
         """Action of each saved value of block number ``block``, by the value's name."""
@@ -180,7 +183,10 @@ class Plan:
             step = from_plain(StepProgram, plain.get("step"), "$.step")
             _check_step(step)
             plain["decisions"] = _decisions_from_plain(plain.get("decisions"), step)
-            return from_plain(Plan, plain)  # type: ignore[no-any-return]
+            plan: Plan = from_plain(Plan, plain)
+            if plan.head is not None:
+                check_head(plan.head, plan.step)
+            return plan
         except RecordError as error:
             raise InvalidPlanFile(f"{source}: {error}. {_ANEW}") from None
 

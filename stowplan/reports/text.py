@@ -77,7 +77,7 @@ def render(plan: Plan, width: int = 100) -> str:
 
 
 def _verdict(page: _Page) -> list[str]:
-    sentences = [_verdict_sentence(page), _price_sentence(page), _peak_sentence(page)]
+    sentences = [_verdict_sentence(page), _price_sentence(page), _peak_sentence(page), _head_sentence(page)]
     if page.plan.measurement is not None:
         sentences.append(_measured_sentence(page, page.plan.measurement))
     return [line for sentence in sentences if sentence for line in wrap(sentence, page.width)]
@@ -100,6 +100,24 @@ def _verdict_sentence(page: _Page) -> str:
             f"Everything is kept: applying this plan does nothing and costs nothing."
         )
     return f"FITS: needs {needs} of {budget}, {spare} spare. {step}"
+
+
+def _head_sentence(page: _Page) -> str:
+    """The head in chunks, or what that would bring."""
+    head = page.plan.head
+    if head is None or (head.allowed and not head.chunk_rows):
+        return ""
+    rows, size = f"chunks of {head.chunked.chunk_rows} rows", page.bytes
+    own, chunked = size.text(head.own.head.peak_bytes), size.text(head.chunked.head.peak_bytes)
+    if head.chunk_rows:
+        return (
+            f"The head ({head.module} and its loss) is computed in {rows}: outside the blocks its peak is {chunked}, "
+            f"that of the model's own is {own}. Not bit for bit the same; the output has no logits."
+        )
+    return (
+        f"What would help: chunked_head=True (--chunked-head) computes the head ({head.module} and its loss) in "
+        f"{rows}, which takes {chunked} there instead of {own}. Not bit for bit the same; the output has no logits."
+    )
 
 
 def _price_sentence(page: _Page) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from stowplan.core.plan import Plan
+from stowplan.offload.head import linear_cross_entropy
 from stowplan.offload.measure import Meter
 from stowplan.offload.tape.rules import allow_replay
 from stowplan.offload.tape.run import Counters
@@ -23,6 +24,7 @@ __all__ = [
     "applied",
     "apply",
     "dry",
+    "linear_cross_entropy",
     "measure",
     "plan",
     "replan",

@@ -15,6 +15,7 @@ from stowplan.core.program import Action
 from stowplan.offload.blocks import Block
 from stowplan.offload.copies import PlainCopies
 from stowplan.offload.engine import Engine
+from stowplan.offload.head_chunked import ChunkedHead, head_named
 from stowplan.offload.host_slab import HostSlab
 from stowplan.offload.intercept import Forward, Interception
 from stowplan.offload.observer import memory_observer
@@ -72,7 +73,10 @@ class AppliedPlan:
         copies = PlainCopies(_slab(self.plan, model))
         blocks, decisions = _named_blocks(model, self.plan), _decisions(self.plan)
         checks, note = Checks(self._verify), failure_note(self.plan)
+        head = self.plan.head
+        layer = head_named(model, head.module) if head is not None and head.chunk_rows else None
         self.engine = Engine(model, blocks, decisions, copies, self.counters, checks, note)
+        self.head = ChunkedHead(layer, head.chunk_rows) if head is not None and layer is not None else None
         idle = self.plan.declined and not self.watch.strict
         if not idle and self._on_remove is None:  # the model holds it; this table of plans must not hold the model
             self._watching = weakref.ref(Interception(model, self._call))
@@ -101,6 +105,8 @@ class AppliedPlan:
         if watching is not None:
             watching.remove()
         self.engine.remove()
+        if self.head is not None:
+            self.head.remove()
         model = self._model()
         if model is None or _applied.get(model) is not self:
             return False

@@ -19,6 +19,7 @@ from stowplan.offload.calibrate import RESERVE_BYTES, device_budget_bytes, host_
 from stowplan.offload.capture.instruments import Instruments
 from stowplan.offload.capture.step import capture
 from stowplan.session.batches import describe
+from stowplan.session.heads import Solver, plan_head
 
 __all__ = [
     "FORWARD_NOTE",
@@ -51,6 +52,7 @@ class Options(NamedTuple):
     hold_gradients: bool = False
     hold_output: bool = True
     on_progress: Callable[[str], None] = lambda message: None
+    chunked_head: bool | None = None
 
 
 def make_plan(
@@ -67,13 +69,12 @@ def make_plan(
 
     ``budgets`` are those of device and host, in bytes. Without ``instruments`` the model's device is measured.
     """
-    from stowplan.planner.activations import solve
-
     device = device_of(model)
     device_bytes, host_bytes = budgets
+    blocks = find_blocks(model, options.blocks)
     captured = capture(
         model,
-        find_blocks(model, options.blocks),
+        blocks,
         forward,
         loss_of,
         optimizer=options.optimizer,
@@ -84,15 +85,10 @@ def make_plan(
         on_progress=options.on_progress,
     )
     options.on_progress("solving")
-    answer = solve(
-        captured.step,
-        machine,
-        device_bytes,
-        host_bytes,
-        solver=options.solver,
-        time_limit_seconds=options.time_limit_seconds,
-        on_progress=options.on_progress,
-    )
+    solver = Solver(machine, device_bytes, host_bytes, options.solver, options.time_limit_seconds, options.on_progress)
+    dry = instruments is not None and instruments.dry
+    chosen = plan_head(model, blocks, captured, solver, options.chunked_head, dry=dry)
+    answer = chosen.answer
     reserve = (f"of the free memory {format_bytes(RESERVE_BYTES)} are left alone",) if options.budget == "auto" else ()
     return Plan(
         model=type(model).__name__,
@@ -100,16 +96,17 @@ def make_plan(
         budget_bytes=device_bytes,
         host_budget_bytes=host_bytes,
         hardware=machine,
-        step=captured.step,
+        step=chosen.step,
         decisions=answer.decisions,
         prediction=answer.prediction,
-        unplanned=answer.unplanned,
+        unplanned=chosen.unplanned,
         solution=answer.solution,
         least_budget_bytes=answer.least_budget_bytes,
         baselines=answer.baselines,
-        declined=answer.declined,
-        assumptions=(*captured.assumptions, *_standing_assumptions(device), *reserve),
+        declined=chosen.declined,
+        assumptions=(*captured.assumptions, *chosen.said, *_standing_assumptions(device), *reserve),
         versions=_versions(),
+        head=chosen.head,
     )
 
 

@@ -16,6 +16,7 @@ from stowplan.offload.blocks import Blocks
 from stowplan.offload.calibrate import measure_hardware
 from stowplan.offload.dry.run import is_fake
 from stowplan.session.dry import plan_dry
+from stowplan.session.heads import Solver, replan_head
 from stowplan.session.making import Batch, LossFunction, Options, Size, budgets_here, device_of, make_plan
 
 __all__ = ["plan", "replan"]
@@ -35,6 +36,7 @@ def plan(
     time_limit_seconds: float = 5.0,
     hold_gradients: bool = False,
     hold_output: bool = True,
+    chunked_head: bool | None = None,
     dry: bool | None = None,
     on_progress: Callable[[str], None] | None = None,
 ) -> Plan:
@@ -58,6 +60,9 @@ def plan(
         hold_gradients: gradients stay allocated between steps (accumulation, ``zero_grad(set_to_none=False)``).
         hold_output: the loop holds the model's output (its logits) until backward is over, as after
             ``output = model(batch)``; False for loops that keep the loss alone.
+        chunked_head: whether the last layer and its cross entropy may be computed in chunks of rows, so that the logits
+            are never all there: not bit for bit the same, and the output has no logits to read (docs/head.md). Default:
+            no, but the plan or the error says what it would bring where the head has the peak. False: not a word of it.
         dry: capture without running the model. Default: where it cannot run, because it was built without data
             (``stowplan.dry()``, the meta device) or ``hardware`` is another kind of device than the model is on.
         on_progress: called with a line of text as the work goes on.
@@ -72,7 +77,16 @@ def plan(
     machine = preset(hardware) if isinstance(hardware, str) else hardware
     elsewhere = machine is not None and machine.device_type != device.type
     options = Options(
-        budget, host_budget, optimizer, blocks, solver, time_limit_seconds, hold_gradients, hold_output, say
+        budget,
+        host_budget,
+        optimizer,
+        blocks,
+        solver,
+        time_limit_seconds,
+        hold_gradients,
+        hold_output,
+        say,
+        chunked_head,
     )
     if dry or (dry is None and (elsewhere or is_fake(model))):
         return plan_dry(model, batch, loss_fn, machine, options)
@@ -100,29 +114,24 @@ def replan(
 
     ``host_budget`` defaults to the plan's own. Raises as ``plan`` does.
     """
-    from stowplan.planner.activations import solve
-
     device_bytes = parse_bytes(budget, "budget")
     host_bytes = plan.host_budget_bytes if host_budget is None else parse_bytes(host_budget, "host_budget")
-    answer = solve(
-        plan.step,
-        plan.hardware,
-        device_bytes,
-        host_bytes,
-        solver=solver,
-        time_limit_seconds=time_limit_seconds,
-        on_progress=on_progress,
-    )
+    tell = on_progress if on_progress is not None else lambda message: None
+    solve = Solver(plan.hardware, device_bytes, host_bytes, solver, time_limit_seconds, tell)
+    chosen = replan_head(plan, solve)
+    answer = chosen.answer
     return replace(
         plan,
         budget_bytes=device_bytes,
         host_budget_bytes=host_bytes,
         decisions=answer.decisions,
         prediction=answer.prediction,
-        unplanned=answer.unplanned,
+        unplanned=chosen.unplanned,
         solution=answer.solution,
         least_budget_bytes=answer.least_budget_bytes,
         baselines=answer.baselines,
-        declined=answer.declined,
+        declined=chosen.declined,
+        step=chosen.step,
+        head=chosen.head,
         measurement=None,
     )

@@ -155,6 +155,17 @@ class Outline:
             for segment, start, end, num_bytes in zip(segments, times, times[1:], earlier, strict=False)
         }
 
+    def loss(self, forward: Callable[[], Any], loss_of: Callable[[Any], torch.Tensor]) -> torch.Tensor:
+        """The loss of one more forward pass, blocks stood in for; what is known of the calls stays as it is."""
+        calls, self.calls = self.calls, []
+        torch.clear_autocast_cache()
+        try:
+            with self._standing_in():
+                return loss_of(forward())
+        finally:
+            torch.clear_autocast_cache()
+            self.calls = calls
+
     def _earlier_bytes(self) -> int:
         """Bytes of the calls' own arguments that somebody else keeps until the forward pass ends.
 

@@ -29,10 +29,16 @@ _NOTABLE_BYTES = 4096  # that the tape and the allocator may differ by without a
 
 
 class Capture(NamedTuple):
-    """A captured step, and in words what it rests on."""
+    """A captured step, and in words what it rests on.
+
+    ``again`` captures what is outside the blocks once more and ``loss`` only gives the loss, both with whatever the
+    caller has changed there by then; the programs of the blocks stay as they are.
+    """
 
     step: StepProgram
     assumptions: tuple[str, ...]
+    again: Callable[[], StepProgram]
+    loss: Callable[[], torch.Tensor]
 
 
 def capture(
@@ -77,7 +83,18 @@ def capture(
     on_progress("measuring the optimizer")
     cost = optimizer_cost(optimizer, instruments)
     step = _assemble(model, blocks, outline, moments, cost, optimizer, batch, hold_gradients)
-    return Capture(step, _assumptions(outline, step, cost, optimizer))
+
+    def again() -> StepProgram:
+        with _untouched(model), _without_collections():
+            _reset_gradients(model, hold_gradients)
+            moments = outline.measure(forward, loss_of)
+        return _assemble(model, blocks, outline, moments, cost, optimizer, batch, hold_gradients)
+
+    def loss() -> torch.Tensor:
+        with _untouched(model):
+            return outline.loss(forward, loss_of)
+
+    return Capture(step, _assumptions(outline, step, cost, optimizer), again, loss)
 
 
 @contextmanager
