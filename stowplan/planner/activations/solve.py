@@ -20,6 +20,7 @@ from stowplan.core.program import Action, Decisions, Split, StepProgram
 from stowplan.core.units import format_seconds
 from stowplan.planner.activations.advice import advise
 from stowplan.planner.activations.draft import Draft
+from stowplan.planner.activations.footprint import Footprints
 from stowplan.planner.activations.groups import group_blocks
 from stowplan.planner.activations.least import find_least_budget
 from stowplan.planner.activations.policies import POLICIES
@@ -161,9 +162,10 @@ class _Search:
         kind = "with rows divided" if problem.by_rows else "of whole values"
         self.tell(f"none {kind} is faster than {format_seconds(reachable.bound_seconds)}")
         goal = self._goal(reachable.bound_seconds)
-        rounded = Draft(problem, decide(problem, reachable.fractions))
+        footprints = Footprints(problem)
+        rounded = Draft(problem, decide(problem, reachable.fractions), footprints)
         improve(rounded, self._after(_ROUNDING_SHARE, deadline), goal)
-        drafts = [*(Draft(problem, decisions) for decisions in known), rounded]
+        drafts = [*(Draft(problem, decisions, footprints) for decisions in known), rounded]
         best = _fastest(drafts)
         proven = False
         alone = all(len(group) == 1 for group in groups)
@@ -174,7 +176,7 @@ class _Search:
             found = least_seconds(problem, groups, self.solver, limit, self.gap)
             proven = alone and found is not None and found.proven
             if found is not None:
-                drafts.append(Draft(problem, found.decisions))
+                drafts.append(Draft(problem, found.decisions, footprints))
             improve(drafts[-1], deadline, goal)
             best = _fastest(drafts)
             improve(best, deadline, goal)
