@@ -6,8 +6,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from stowplan.core.plan import Decisions
-from stowplan.core.program import Action
+from stowplan.core.program import Action, Decisions
 from stowplan.planner.activations.draft import Draft
 from stowplan.planner.activations.groups import group_blocks
 from stowplan.planner.activations.problem import Problem
@@ -32,7 +31,8 @@ def find_least_budget(
 
     Needs no solver where swapping everything, or one of the ``known`` decisions, is as low as is conceivable. Else the
     memory program is solved: exact where every block decides alone and the solver ends in time; otherwise the result
-    of its groups, brought down further by descent, is an upper bound on the least budget (``proven`` says which).
+    of its groups, brought down further by descent, is an upper bound on the least budget (``proven`` says which). So it
+    is where rows may be divided: the program is solved for whole values and for rounded rows, and descent goes on.
     """
     floor = least_conceivable_bytes(problem)
     goal = replace(problem, budget_bytes=max(1, floor))
@@ -45,14 +45,20 @@ def find_least_budget(
 
     deadline = time.monotonic() + time_limit_seconds
     groups = group_blocks(problem, most_groups)
-    found = least_memory(problem, groups, solver, time_limit_seconds / 2)
-    if found is not None:
-        drafts.append(Draft(goal, found.decisions))
     single = len(groups) == problem.step.num_blocks
-    proven = single and found is not None and found.proven
+    kinds = [problem.undivided] if problem.by_rows else [problem]
+    kinds += [problem] if problem.by_rows and single else []
+    proven = False
+    for number, kind in enumerate(kinds, start=1):
+        found = least_memory(kind, groups, solver, time_limit_seconds / 2 / number)
+        if found is not None:
+            drafts.append(Draft(goal, found.decisions))
+            proven = single and found.proven and not problem.by_rows
     if not proven:
         start = _lowest(drafts) or min(drafts, key=lambda draft: draft.excess_bytes)
-        improve(start, deadline)
+        descended = Draft(goal, start.decisions, start.footprints)  # it may end beyond the host budget
+        improve(descended, deadline)
+        drafts.append(descended)
     best = _lowest(drafts)
     assert best is not None, "Problem checks that the host budget holds what can only be swapped"
     return LeastBudget(best.peak_bytes, best.decisions, proven=proven or best.peak_bytes == floor)
