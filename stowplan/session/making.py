@@ -6,6 +6,7 @@ import contextlib
 import importlib.metadata
 import platform
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from stowplan.offload.blocks import Blocks, find_blocks
 from stowplan.offload.calibrate import RESERVE_BYTES, device_budget_bytes, host_budget_bytes
 from stowplan.offload.capture.instruments import Instruments
 from stowplan.offload.capture.step import capture
+from stowplan.offload.parallel import bucket_bytes, class_name, keeps_gradients
 from stowplan.session.batches import describe
 
 __all__ = [
@@ -40,7 +42,7 @@ FORWARD_NOTE = "raised by the model's forward on the batch that was given to sto
 
 
 class Options(NamedTuple):
-    """What ``plan`` was asked for beside the model and the machine."""
+    """What ``plan`` was asked for beside the model and the machine; ``bucket_bytes`` are what DDP holds beside it."""
 
     budget: Size = "auto"
     host_budget: Size = "auto"
@@ -51,6 +53,12 @@ class Options(NamedTuple):
     hold_gradients: bool = False
     hold_output: bool = True
     on_progress: Callable[[str], None] = lambda message: None
+    bucket_bytes: int = 0
+
+    def around(self, model: torch.nn.Module) -> Options:
+        """The options for the model inside ``model``, with what the outer one takes by itself."""
+        held = self.hold_gradients or keeps_gradients(model)
+        return self._replace(hold_gradients=held, bucket_bytes=bucket_bytes(model))
 
 
 def make_plan(
@@ -83,9 +91,10 @@ def make_plan(
         hold_output=options.hold_output,
         on_progress=options.on_progress,
     )
+    step = replace(captured.step, buffer_bytes=captured.step.buffer_bytes + options.bucket_bytes)
     options.on_progress("solving")
     answer = solve(
-        captured.step,
+        step,
         machine,
         device_bytes,
         host_bytes,
@@ -94,13 +103,18 @@ def make_plan(
         on_progress=options.on_progress,
     )
     reserve = (f"of the free memory {format_bytes(RESERVE_BYTES)} are left alone",) if options.budget == "auto" else ()
+    if options.bucket_bytes:
+        buckets = (
+            f"DistributedDataParallel holds {format_bytes(options.bucket_bytes)} of buckets for gradients all the time"
+        )
+        reserve = (*reserve, buckets)
     return Plan(
-        model=type(model).__name__,
+        model=class_name(model),
         batch=describe(batch),
         budget_bytes=device_bytes,
         host_budget_bytes=host_bytes,
         hardware=machine,
-        step=captured.step,
+        step=step,
         decisions=answer.decisions,
         prediction=answer.prediction,
         unplanned=answer.unplanned,
