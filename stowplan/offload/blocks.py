@@ -12,7 +12,7 @@ import torch
 from stowplan.core.errors import InvalidArgument, UnsupportedModel
 from stowplan.offload.parallel import refuse_fsdp1, refuse_sharded_inside
 
-__all__ = ["Block", "find_blocks", "is_compiled", "likeness", "refuse_unsupported"]
+__all__ = ["Block", "find_blocks", "likeness", "refuse_compiled", "refuse_unsupported"]
 
 Blocks = str | Sequence[str | torch.nn.Module] | None
 
@@ -136,7 +136,7 @@ def refuse_unsupported(model: torch.nn.Module, blocks: Sequence[Block]) -> None:
             "use DistributedDataParallel, and plan the model inside it."
         )
     refuse_fsdp1(model)
-    if is_compiled(model):
+    if _is_compiled(model):
         raise UnsupportedModel(
             f"{type(model).__name__} is compiled by torch.compile, which traces other ops than it runs. Plan the "
             f"uncompiled model (remove torch.compile or .compile(), or pass the module that it was given), and train "
@@ -157,11 +157,16 @@ def refuse_unsupported(model: torch.nn.Module, blocks: Sequence[Block]) -> None:
         if (name.rpartition(".")[0], type(_original(module))) in kinds
     ]
     for name, block in dict.fromkeys((*blocks, *siblings)):
-        if any(is_compiled(module) for module in block.modules()):
-            raise UnsupportedModel(
-                f"{name} is compiled by torch.compile: its kernels bypass the op tape. Plan the uncompiled model "
-                f"(remove .compile() from the blocks)."
-            )
+        refuse_compiled(name, block)
+
+
+def refuse_compiled(name: str, block: torch.nn.Module) -> None:
+    """Raise UnsupportedModel if block ``name``, or a part of it, is compiled."""
+    if any(_is_compiled(module) for module in block.modules()):
+        raise UnsupportedModel(
+            f"{name} is compiled by torch.compile: its kernels bypass the op tape. Plan the uncompiled model "
+            f"(remove .compile() from the blocks)."
+        )
 
 
 def _original(module: torch.nn.Module) -> Any:
@@ -169,7 +174,7 @@ def _original(module: torch.nn.Module) -> Any:
     return getattr(module, "_orig_mod", module)
 
 
-def is_compiled(module: torch.nn.Module) -> bool:
+def _is_compiled(module: torch.nn.Module) -> bool:
     """By ``module.compile()``, ``torch.compile(module)`` or ``torch.compile`` of its forward."""
     own = module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
     return own or hasattr(module.forward, "_torchdynamo_orig_callable")
