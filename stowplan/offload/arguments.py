@@ -147,12 +147,14 @@ class Numbers:
         self._num_attributes = sum(map(len, self._sources))
         named = [(attributes, name, value) for attributes in self._sources for name, value in attributes.items()]
         self._places = [(a, name) for a, name, value in named if value is None or isinstance(value, _PLAIN)]
-        self._lists = [(a, name) for a, name, value in named if isinstance(value, list | tuple)]
+        self._lists = [(a, name) for a, name, value in named if isinstance(value, list | tuple) or _items(value)]
         self._types = tuple(type(attributes[name]) for attributes, name in self._places)
 
 
 def _items(value: Any) -> tuple[Any, ...] | None:
-    """A short list or tuple of numbers as a tuple; None for anything else."""
+    """A short list, tuple or dict of numbers as a tuple; None for anything else."""
+    if type(value) is dict and len(value) <= _MAX_ITEMS and all(isinstance(v, _PLAIN) for v in value.values()):
+        return tuple(value.items())
     if isinstance(value, list | tuple) and len(value) <= _MAX_ITEMS and all(isinstance(v, _PLAIN) for v in value):
         return tuple(value)
     return None
