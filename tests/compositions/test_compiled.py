@@ -16,8 +16,6 @@ from tests.compositions.loops import NUM_STEPS, plan_for, steps, text_batch
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`torch.jit:DeprecationWarning", "ignore::FutureWarning", "ignore:The .grad attribute:UserWarning"
 )
-    "ignore:`torch.jit:DeprecationWarning", "ignore::FutureWarning", "ignore:The .grad attribute:UserWarning"
-)
 
 
 @pytest.fixture(autouse=True)
