@@ -1,7 +1,7 @@
 """Hugging Face's Trainer on real text, and the line that makes it fit.
 
 python examples/trainer.py                      # as it was
-python examples/trainer.py --budget 250MiB      # planned at the first batch, same losses to the last bit
+python examples/trainer.py --budget 150MiB      # planned at the first batch, same losses to the last bit
 
 The text is the source code of Python's standard library, byte by byte. Needs transformers and accelerate.
 """
@@ -20,7 +20,7 @@ from stowplan.demo import read_corpus
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--budget", help="device bytes, such as 250MiB; without it nothing is planned")
+    parser.add_argument("--budget", help="device bytes, such as 150MiB; without it nothing is planned")
     parser.add_argument("--steps", type=int, default=6)
     arguments = parser.parse_args()
 

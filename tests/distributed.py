@@ -1,7 +1,7 @@
 """Real processes for tests: a group of ranks over gloo that are started once and run one function after another.
 
-A failure on any rank is raised here with that rank's traceback; ranks that are silent for a minute are ended, and
-others are started for the next test.
+A failure on any rank is raised here with that rank's traceback; ranks that are silent for two minutes are ended, and
+others are started for the next test. Machines may be busy: starting has a limit of its own.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from typing import Any
 
 __all__ = ["RankFailed", "Ranks"]
 
-TIMEOUT = timedelta(seconds=60)
+TIMEOUT = timedelta(seconds=120)
+_START = timedelta(seconds=120)  # processes import torch and transformers
 _GRACE = timedelta(seconds=3)  # for the others, once a rank has failed
 
 
@@ -42,8 +43,12 @@ class Ranks:
         """
         if not self._processes:
             self._start()
+            self._answers(_START)
         for end in self._ends:
             end.send((function, args))
+        return self._answers(timeout)
+
+    def _answers(self, timeout: timedelta) -> list[Any]:
         answers: dict[int, tuple[bool, Any]] = {}
         deadline = time.monotonic() + timeout.total_seconds()
         while len(answers) < self.size:
@@ -94,9 +99,12 @@ def _serve(rank: int, size: int, store: str, end: Connection) -> None:
     import torch
     import torch.distributed as dist
 
+    import tests.models  # noqa: F401 - it takes a while
+
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=TIMEOUT)
     with contextlib.suppress(EOFError, OSError):
+        end.send((True, "ready"))
         while True:
             function, args = end.recv()
             try:
