@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+
 from stowplan.core.hardware import Hardware
 from stowplan.core.plan import Baseline, Measurement, MomentBytes, Plan, Prediction, Solution
 from stowplan.core.program import (
@@ -216,3 +218,21 @@ def declined_plan() -> Plan:
         baselines=(),
         declined=True,
     )
+
+
+def random_decisions(plan: Plan, seed: int) -> Plan:
+    """The plan with an action drawn for every value of every block, among those that are allowed."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def choose(actions: tuple[Action, ...]) -> Action:
+        return actions[int(torch.randint(len(actions), (1,), generator=generator))]
+
+    programs = [plan.step.program_of(block) for block in range(plan.step.num_blocks)]
+    decisions = tuple(tuple(choose(p.values[i].actions) for i in p.saved) for p in programs)
+    return with_decisions(plan, decisions)
+
+
+def with_decisions(plan: Plan, decisions: tuple[tuple[Action, ...], ...]) -> Plan:
+    """The plan with other decisions and a host slab that surely holds what they swap."""
+    saved_bytes = sum(plan.step.program_of(block).saved_bytes for block in range(plan.step.num_blocks))
+    return replace(plan, decisions=decisions, prediction=replace(plan.prediction, host_bytes=saved_bytes))

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import torch
 
 from stowplan.core.errors import InvalidArgument, UnsupportedModel
+from stowplan.offload.parallel import refuse_fsdp1, refuse_sharded_inside
 
-__all__ = ["Block", "find_blocks", "likeness", "refuse_unsupported"]
+__all__ = ["Block", "find_blocks", "likeness", "refuse_compiled", "refuse_unsupported"]
 
 Blocks = str | Sequence[str | torch.nn.Module] | None
 
@@ -39,8 +40,9 @@ def find_blocks(model: torch.nn.Module, blocks: Blocks = None) -> list[Block]:
 
     Raises:
         InvalidArgument: a name or module is not in the model.
-        UnsupportedModel: nothing in the model repeats.
+        UnsupportedModel: nothing in the model repeats, or its parameters were flattened by the first FSDP.
     """
+    refuse_fsdp1(model)
     if blocks is None:
         return _main_stacks(model)
     if isinstance(blocks, str):
@@ -133,6 +135,7 @@ def refuse_unsupported(model: torch.nn.Module, blocks: Sequence[Block]) -> None:
             "DataParallel copies its model to other devices at every call; stowplan plans for one device a process: "
             "use DistributedDataParallel, and plan the model inside it."
         )
+    refuse_fsdp1(model)
     if _is_compiled(model):
         raise UnsupportedModel(
             f"{type(model).__name__} is compiled by torch.compile, which traces other ops than it runs. Plan the "
@@ -142,8 +145,11 @@ def refuse_unsupported(model: torch.nn.Module, blocks: Sequence[Block]) -> None:
     if any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules()):
         raise UnsupportedModel(
             f"{type(model).__name__} has gradient checkpointing on; stowplan decides what to recompute itself: call "
-            f"model.gradient_checkpointing_disable() first."
+            f"model.gradient_checkpointing_disable() first (Trainer: leave gradient_checkpointing=True and "
+            f"activation_checkpointing=True out of TrainingArguments)."
         )
+    for name, block in blocks:
+        refuse_sharded_inside(name, block)
     kinds = {(name.rpartition(".")[0], type(block)) for name, block in blocks}
     siblings = [  # one that torch.compile wrapped is none of the blocks, but was meant to be
         Block(name, module)
@@ -151,11 +157,16 @@ def refuse_unsupported(model: torch.nn.Module, blocks: Sequence[Block]) -> None:
         if (name.rpartition(".")[0], type(_original(module))) in kinds
     ]
     for name, block in dict.fromkeys((*blocks, *siblings)):
-        if any(_is_compiled(module) for module in block.modules()):
-            raise UnsupportedModel(
-                f"{name} is compiled by torch.compile: its kernels bypass the op tape. Plan the uncompiled model "
-                f"(remove .compile() from the blocks)."
-            )
+        refuse_compiled(name, block)
+
+
+def refuse_compiled(name: str, block: torch.nn.Module) -> None:
+    """Raise UnsupportedModel if block ``name``, or a part of it, is compiled."""
+    if any(_is_compiled(module) for module in block.modules()):
+        raise UnsupportedModel(
+            f"{name} is compiled by torch.compile: its kernels bypass the op tape. Plan the uncompiled model "
+            f"(remove .compile() from the blocks)."
+        )
 
 
 def _original(module: torch.nn.Module) -> Any:

@@ -21,12 +21,12 @@ from torch.utils._python_dispatch import _disable_current_modes
 from stowplan.core.errors import PlanMismatch, ReplayMismatch
 from stowplan.core.program import Action
 from stowplan.offload.arguments import Numbers, flatten, signature
-from stowplan.offload.blocks import Block, refuse_unsupported
+from stowplan.offload.blocks import Block, refuse_compiled, refuse_unsupported
 from stowplan.offload.buffers import Buffers
 from stowplan.offload.copies import CopyEngine
 from stowplan.offload.intercept import Forward, Interception
 from stowplan.offload.recording import devices_of, parameter_of, record_call
-from stowplan.offload.refusals import refuse_hooks
+from stowplan.offload.refusals import refuse_callers, refuse_hooks, refuse_switched_on
 from stowplan.offload.tape.checks import Checks
 from stowplan.offload.tape.course import Course, allowed_actions
 from stowplan.offload.tape.proof import prove
@@ -80,6 +80,8 @@ class Engine:
             for module, planned in calls.items()
             if any(action is not Action.KEEP for actions in planned for action in actions.values())
         ]
+        if self.blocks:
+            self.blocks[0].is_first = True
         self._repeated = [block for block in self.blocks if len(block.planned) > 1]
         self._interception = Interception(model, self._begin) if self._repeated else None
         settled = weakref.ref(self.checks)
@@ -126,6 +128,7 @@ class PlannedBlock:
         self.name, self.module = block
         self.planned = [dict(actions) for actions in planned]
         self.untouched = {i for i, actions in enumerate(planned) if set(actions.values()) <= {Action.KEEP}}
+        self.is_first = False  # of the model's planned blocks: it looks at who calls them
         self.num_calls = 0  # since the forward pass began
         self.copies = copies
         self.counters = counters
@@ -145,6 +148,7 @@ class PlannedBlock:
 
         A call while another is under way (the block calls itself, or another thread calls it) keeps what it saves.
         """
+        refuse_switched_on(self.name, self.module)
         if not torch.is_grad_enabled() or not self.at_work.acquire(blocking=False):
             return forward(*args, **kwargs)
         try:
@@ -152,7 +156,12 @@ class PlannedBlock:
             self.num_calls += 1
             if number in self.untouched:
                 return forward(*args, **kwargs)
-            refuse_hooks(self.name)
+            if self.is_first:
+                refuse_callers(self.name)
+            else:
+                refuse_hooks(self.name)
+            if self.module._compiled_call_impl is not None:
+                refuse_compiled(self.name, self.module)
             self.checks.settle()
             leaves = flatten(args, kwargs)
             key = (number, *signature(leaves, kwargs, self.numbers.state()))
@@ -197,6 +206,7 @@ class PlannedBlock:
         return output
 
     def _record(self, key: Signature, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        refuse_compiled(self.name, self.module)
         if key not in self.num_recordings and len(self.num_recordings) >= _MAX_SIGNATURES * len(self.planned):
             self._forget_oldest()
         recording = record_call(self.module, forward, args, kwargs, self.copies, self.counters, self.checks, self.name)

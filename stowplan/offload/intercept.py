@@ -37,6 +37,16 @@ class Interception:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._call(self.forward, args, kwargs)
 
+    @property
+    def __func__(self) -> Forward:
+        """As a bound method's: who replaces ``forward`` by a function of the module's (Accelerate) calls this."""
+        return lambda module, *args, **kwargs: self(*args, **kwargs)
+
+    @property
+    def __wrapped__(self) -> Forward:
+        """What it stands before, for who takes wrappers off again (Accelerate's ``unwrap_model``)."""
+        return self.forward
+
     def remove(self) -> None:
         """Put the module's own forward back. Removing twice does nothing.
 

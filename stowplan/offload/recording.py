@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from stowplan.offload.arguments import flatten_named
 from stowplan.offload.copies import CopyEngine
 from stowplan.offload.intercept import Forward
+from stowplan.offload.parallel import refuse_sharded_inside
 from stowplan.offload.refusals import refuse_callers
 from stowplan.offload.tape.checks import Checks
 from stowplan.offload.tape.record import Recorder
@@ -60,6 +61,7 @@ def record_call(
     """
     name = name or type(module).__name__
     refuse_callers(name)
+    refuse_sharded_inside(name, module)
     leaves = flatten_named(forward, args, kwargs)
     position = draw_position(devices_of(module))
     recorder = Recorder(module, leaves, name, observe)

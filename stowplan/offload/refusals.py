@@ -10,7 +10,7 @@ import torch
 
 from stowplan.core.errors import UnsupportedModel
 
-__all__ = ["refuse_callers", "refuse_checkpoint_inside", "refuse_hooks"]
+__all__ = ["refuse_callers", "refuse_checkpoint_inside", "refuse_hooks", "refuse_switched_on"]
 
 _CHECKPOINTS = frozenset(
     {
@@ -40,6 +40,12 @@ def refuse_hooks(name: str) -> None:
             f"the block saves: a plan decides on that. Take the hooks away from around the model, or leave this block "
             f"out of the plan (blocks=)."
         )
+
+
+def refuse_switched_on(name: str, block: torch.nn.Module) -> None:
+    """Raise UnsupportedModel if Hugging Face's checkpointing was switched on in block ``name`` under a plan."""
+    if block.training and block.__dict__.get("gradient_checkpointing") is True:
+        raise _checkpointed(name)
 
 
 def refuse_callers(name: str) -> None:
@@ -72,7 +78,8 @@ def _checkpointed(name: str) -> UnsupportedModel:
     return UnsupportedModel(
         f"{name} is called by a checkpoint (torch.utils.checkpoint or its like), which runs it again in backward; "
         f"stowplan decides what to recompute: call the block without the checkpoint (Hugging Face models: "
-        f"gradient_checkpointing_disable()), or leave it out of the plan (blocks=)."
+        f"gradient_checkpointing_disable(); Trainer: leave gradient_checkpointing=True and "
+        f"activation_checkpointing=True out of TrainingArguments), or leave it out of the plan (blocks=)."
     )
 
 

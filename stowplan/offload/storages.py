@@ -6,6 +6,8 @@ from collections.abc import Iterable
 
 import torch
 
+from stowplan.offload.parallel import local_part
+
 __all__ = ["content_of", "storage_bytes"]
 
 
@@ -15,6 +17,8 @@ def content_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def storage_bytes(tensors: Iterable[object]) -> int:
-    """Bytes of the storages behind ``tensors``, each once; what is no tensor counts nothing."""
-    storages = (tensor.untyped_storage() for tensor in tensors if isinstance(tensor, torch.Tensor))
+    """Bytes of the storages behind ``tensors``, each once; what is no tensor counts nothing, and of a distributed
+    tensor this process's part does.
+    """
+    storages = (tensor.untyped_storage() for tensor in map(local_part, tensors) if isinstance(tensor, torch.Tensor))
     return sum({storage._cdata: storage.nbytes() for storage in storages}.values())

@@ -7,6 +7,7 @@ import torch
 from stowplan.core.plan import Plan
 from stowplan.offload.head import linear_cross_entropy
 from stowplan.offload.measure import Meter
+from stowplan.offload.parallel import inner_model
 from stowplan.offload.tape.rules import allow_replay
 from stowplan.offload.tape.run import Counters
 from stowplan.reports import text
@@ -39,6 +40,7 @@ def measure(model: torch.nn.Module) -> Meter:
     A peak above the budget of the plan in force is told with a warning, or raised (``strict``), or planned for anew
     (``wrap``). The highest live bytes come from torch's own allocator events (CPU) or counters (CUDA).
     """
+    model = inner_model(model)
     handle = applied(model)
     return Meter(model, Counters()) if handle is None else Meter(model, handle.counters, handle.measured)
 

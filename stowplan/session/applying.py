@@ -19,6 +19,7 @@ from stowplan.offload.head_chunked import ChunkedHead, head_named
 from stowplan.offload.host_slab import HostSlab
 from stowplan.offload.intercept import Forward, Interception
 from stowplan.offload.observer import memory_observer
+from stowplan.offload.parallel import class_name, inner_model
 from stowplan.offload.tape.checks import Checks, Verify
 from stowplan.offload.tape.run import Counters
 from stowplan.session.making import device_of
@@ -135,6 +136,9 @@ def apply(plan: Plan, model: torch.nn.Module, *, verify: str = "sample", strict:
 
     The first call of every block with a decision is recorded and its replay proved against the true values.
 
+    A model in ``DistributedDataParallel`` may be given in or out of it, and a plan that was made before ``fully_shard``
+    holds after it.
+
     Args:
         verify: what is compared, bit for bit, with what the forward pass had, once it is back for backward. "sample":
             about 128 bytes of one recomputed value per call of a block, taken in turn. "all": every recomputed and
@@ -147,7 +151,7 @@ def apply(plan: Plan, model: torch.nn.Module, *, verify: str = "sample", strict:
     Raises PlanMismatch if the model is not the one the plan was made for (here, or at a block's first call), and
     InvalidArgument if a plan is in force on it already or ``verify`` is unknown.
     """
-    return AppliedPlan(plan, model, verify=verify, strict=strict)
+    return AppliedPlan(plan, inner_model(model), verify=verify, strict=strict)
 
 
 def _named_blocks(model: torch.nn.Module, plan: Plan) -> list[Block]:
@@ -156,14 +160,14 @@ def _named_blocks(model: torch.nn.Module, plan: Plan) -> list[Block]:
     if missing:
         raise PlanMismatch(
             f"the plan was made for {plan.model} with blocks {plan.step.block_names[0]} … {plan.step.block_names[-1]}; "
-            f"{type(model).__name__} has no {missing[0]}. Plan anew with this model."
+            f"{class_name(model)} has no {missing[0]}. Plan anew with this model."
         )
     blocks = [Block(name, modules[name]) for name in plan.step.block_names]
     for number, block in enumerate(blocks):
         planned = plan.step.program_of(number).name
-        if type(block.module).__name__ != planned:
+        if class_name(block.module) != planned:
             raise PlanMismatch(
-                f"{block.name} is a {type(block.module).__name__}, but the plan was made for a {planned}. Plan anew."
+                f"{block.name} is a {class_name(block.module)}, but the plan was made for a {planned}. Plan anew."
             )
     return blocks
 
@@ -185,4 +189,4 @@ def _slab(plan: Plan, model: torch.nn.Module) -> HostSlab:
 
 def applied(model: torch.nn.Module) -> AppliedPlan | None:
     """The plan in force on ``model``, by ``apply`` or ``wrap``; None where there is none (yet)."""
-    return _applied.get(model)
+    return _applied.get(inner_model(model))

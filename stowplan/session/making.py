@@ -18,6 +18,7 @@ from stowplan.offload.blocks import Blocks, find_blocks
 from stowplan.offload.calibrate import RESERVE_BYTES, device_budget_bytes, host_budget_bytes
 from stowplan.offload.capture.instruments import Instruments
 from stowplan.offload.capture.step import capture
+from stowplan.offload.parallel import bucket_bytes, class_name, keeps_gradients
 from stowplan.session.batches import describe
 from stowplan.session.heads import Solver, plan_head
 
@@ -41,7 +42,7 @@ FORWARD_NOTE = "raised by the model's forward on the batch that was given to sto
 
 
 class Options(NamedTuple):
-    """What ``plan`` was asked for beside the model and the machine."""
+    """What ``plan`` was asked for beside the model and the machine; ``bucket_bytes`` are what DDP holds beside it."""
 
     budget: Size = "auto"
     host_budget: Size = "auto"
@@ -53,6 +54,12 @@ class Options(NamedTuple):
     hold_output: bool = True
     on_progress: Callable[[str], None] = lambda message: None
     chunked_head: bool | None = None
+    bucket_bytes: int = 0
+
+    def around(self, model: torch.nn.Module) -> Options:
+        """The options for the model inside ``model``, with what the outer one takes by itself."""
+        held = self.hold_gradients or keeps_gradients(model)
+        return self._replace(hold_gradients=held, bucket_bytes=bucket_bytes(model))
 
 
 def make_plan(
@@ -84,14 +91,20 @@ def make_plan(
         hold_output=options.hold_output,
         on_progress=options.on_progress,
     )
+    captured = captured.with_buffers(options.bucket_bytes)
     options.on_progress("solving")
     solver = Solver(machine, device_bytes, host_bytes, options.solver, options.time_limit_seconds, options.on_progress)
     dry = instruments is not None and instruments.dry
     chosen = plan_head(model, blocks, captured, solver, options.chunked_head, dry=dry)
     answer = chosen.answer
     reserve = (f"of the free memory {format_bytes(RESERVE_BYTES)} are left alone",) if options.budget == "auto" else ()
+    if options.bucket_bytes:
+        buckets = (
+            f"DistributedDataParallel holds {format_bytes(options.bucket_bytes)} of buckets for gradients all the time"
+        )
+        reserve = (*reserve, buckets)
     return Plan(
-        model=type(model).__name__,
+        model=class_name(model),
         batch=describe(batch),
         budget_bytes=device_bytes,
         host_budget_bytes=host_bytes,

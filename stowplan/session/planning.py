@@ -15,6 +15,7 @@ from stowplan.core.units import parse_bytes
 from stowplan.offload.blocks import Blocks
 from stowplan.offload.calibrate import measure_hardware
 from stowplan.offload.dry.run import is_fake
+from stowplan.offload.parallel import inner_model
 from stowplan.session.dry import plan_dry
 from stowplan.session.heads import Solver, replan_head
 from stowplan.session.making import Batch, LossFunction, Options, Size, budgets_here, device_of, make_plan
@@ -44,6 +45,8 @@ def plan(
 
     Runs one block of each kind and the model around it on ``batch``; parameters, gradients, optimizer states, buffers
     and random generators are afterwards as before. Call it under ``torch.autocast`` if the forward pass runs so.
+    Of a model in ``DistributedDataParallel`` the inner one is planned, and the reducer's buckets are counted. Where
+    ``fully_shard`` was called, every process must plan at the same time: parameters are gathered meanwhile.
     A dry capture does not run the model: it adds up bytes and seconds of fake tensors (docs/dry_capture.md).
 
     Args:
@@ -87,7 +90,8 @@ def plan(
         hold_output,
         say,
         chunked_head,
-    )
+    ).around(model)
+    model = inner_model(model)
     if dry or (dry is None and (elsewhere or is_fake(model))):
         return plan_dry(model, batch, loss_fn, machine, options)
     if elsewhere or is_fake(model):

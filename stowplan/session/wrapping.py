@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +18,7 @@ from stowplan.offload.arguments import tensors_in
 from stowplan.offload.blocks import Blocks, find_blocks, refuse_unsupported
 from stowplan.offload.calibrate import measure_hardware
 from stowplan.offload.intercept import Forward, Interception
+from stowplan.offload.parallel import inner_model, is_sharded
 from stowplan.offload.tape.checks import Verify
 from stowplan.session.applying import AppliedPlan, applied
 from stowplan.session.batches import exceeds, shapes_of_call
@@ -35,6 +38,9 @@ from stowplan.session.watching import Excess
 __all__ = ["wrap"]
 
 Model = TypeVar("Model", bound=torch.nn.Module)
+
+# What is before a model's forward, which holds it: this table must hold neither.
+_wrappers: weakref.WeakKeyDictionary[torch.nn.Module, weakref.ref[_Wrapper]] = weakref.WeakKeyDictionary()
 
 
 def wrap(
@@ -71,9 +77,10 @@ def wrap(
     for size, name in ((budget, "budget"), (host_budget, "host_budget")):
         if size != "auto":
             parse_bytes(size, name)
-    if applied(model) is not None or _wrapper_of(model) is not None:
+    inner = inner_model(model)
+    if applied(inner) is not None or _wrapper_of(inner) is not None:
         raise InvalidArgument("the model is wrapped, or has a plan applied to it, already; take that away first.")
-    refuse_unsupported(model, find_blocks(model, blocks))
+    refuse_unsupported(inner, find_blocks(inner, blocks))
     options = Options(
         budget,
         host_budget,
@@ -83,7 +90,8 @@ def wrap(
         hold_output=hold_output,
         chunked_head=chunked_head,
     )
-    _Wrapper(model, loss_fn, options, verify, strict)
+    wrapper = _Wrapper(inner, loss_fn, options.around(model), verify, strict)
+    _wrappers[inner] = weakref.ref(wrapper)
     return model
 
 
@@ -101,24 +109,49 @@ class _Wrapper:
         self.largest: dict[str, tuple[int, ...]] = {}  # shape of each tensor argument that was planned for
         self.busy = False
         self.interception = Interception(model, self.call)
+        # Hooks gather the model's own parameters before its forward is called; planning must come before that.
+        self.ahead = (
+            model.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True) if is_sharded(model) else None
+        )
+
+    def remove(self) -> None:
+        """Take the wrapper away from the model."""
+        self.interception.remove()
+        if self.ahead is not None:
+            self.ahead.remove()
+
+    def _before(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._has_to_look():
+            self._look(self.interception.forward, model, args, kwargs)
+
+    def _has_to_look(self) -> bool:
+        return not self.busy and torch.is_grad_enabled() and self.interception.module.training
 
     def call(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.busy or not (torch.is_grad_enabled() and self.interception.module.training):
+        if not self._has_to_look():
             return forward(*args, **kwargs)
+        if self.ahead is None:
+            self._look(forward, forward, args, kwargs)
+        handle = applied(self.interception.module)
+        with handle.watch.failures_noted() if handle is not None else nullcontext():
+            return forward(*args, **kwargs)
+
+    def _look(self, forward: Forward, run: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Judge the steps before, and plan if this batch asks for it; ``run`` calls the model."""
         handle = applied(self.interception.module)
         if handle is not None:
             self._judge(handle, forward, args, kwargs)
         shapes = shapes_of_call(forward, args, kwargs)
-        if any(exceeds(shape, self.largest.get(name)) for name, shape in shapes.items()):
+        grown = any(exceeds(shape, self.largest.get(name)) for name, shape in shapes.items())
+        if grown and handle is not None and any(map(is_sharded, self.interception.module.modules())):
+            handle.watch.batch(forward, args, kwargs)  # other processes may have no larger batch, and would not plan
+        elif grown:
             self.busy = True
             try:
-                self._plan(forward, args, kwargs)
+                self._plan(run, args, kwargs)
             finally:
                 self.busy = False
             self.largest = {name: _envelope(shape, self.largest.get(name)) for name, shape in shapes.items()}
-        handle = applied(self.interception.module)
-        with handle.watch.failures_noted() if handle is not None else nullcontext():
-            return forward(*args, **kwargs)
 
     def _judge(self, handle: AppliedPlan, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Look at what the steps before took."""
@@ -168,6 +201,8 @@ class _Wrapper:
     def _plan(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Plan for this call and put the plan in force; if there is none, the one before stays in force."""
         model = self.interception.module
+        if self.ahead is None and is_sharded(model):
+            raise InvalidArgument("fully_shard was called on the model after stowplan.wrap: call it before.")
         before = applied(model)
         if before is not None:
             before.suspend()
@@ -193,7 +228,8 @@ class _Wrapper:
 
         device = device_of(model)
         budgets, machine = budgets_here(self.options, device), measure_hardware(device)
-        made = make_plan(model, lambda: forward(*args, **kwargs), loss_of, batch, machine, budgets, self.options)
+        run_forward = partial(forward, *args, **kwargs)
+        made = make_plan(model, run_forward, loss_of, batch, machine, budgets, self.options)
         for said in outside:
             warnings.warn(f"stowplan.wrap: {said}.", RuntimeWarning, stacklevel=2)
         made = replace(made, assumptions=(*made.assumptions, *outside))
@@ -218,15 +254,10 @@ def _envelope(shape: tuple[int, ...], planned: tuple[int, ...] | None) -> tuple[
 def _unwrap(model: torch.nn.Module) -> None:
     wrapper = _wrapper_of(model)
     if wrapper is not None:
-        wrapper.interception.remove()
+        wrapper.remove()
+        del _wrappers[model]
 
 
 def _wrapper_of(model: torch.nn.Module) -> _Wrapper | None:
-    """The wrapper in front of the model's forward. It is found there and kept nowhere else, so that it goes with it."""
-    forward = model.__dict__.get("forward")
-    while isinstance(forward, Interception):
-        owner = getattr(forward.handler, "__self__", None)
-        if isinstance(owner, _Wrapper):
-            return owner
-        forward = forward.replaced
-    return None
+    found = _wrappers.get(model)
+    return None if found is None else found()

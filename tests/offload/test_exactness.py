@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -15,6 +14,7 @@ from stowplan import session
 from stowplan.core.plan import Plan
 from stowplan.core.program import Action
 from tests import models
+from tests.plans import random_decisions, with_decisions
 
 BUILDERS: dict[str, Callable[..., torch.nn.Module]] = {"llama": models.llama, "gpt2": models.gpt2}
 CASES = [
@@ -35,23 +35,6 @@ def captured(name: str, amp: bool, attention: str) -> Plan:
     """A plan whose decisions the tests replace; capturing it once per case is enough."""
     with torch.autocast("cpu", torch.bfloat16, enabled=amp):
         return session.plan(BUILDERS[name](attention=attention), models.batch_for(0), budget="1GiB", host_budget="1GiB")
-
-
-def random_decisions(plan: Plan, seed: int) -> Plan:
-    generator = torch.Generator().manual_seed(seed)
-
-    def choose(actions: tuple[Action, ...]) -> Action:
-        return actions[int(torch.randint(len(actions), (1,), generator=generator))]
-
-    programs = [plan.step.program_of(block) for block in range(plan.step.num_blocks)]
-    decisions = tuple(tuple(choose(p.values[i].actions) for i in p.saved) for p in programs)
-    return with_decisions(plan, decisions)
-
-
-def with_decisions(plan: Plan, decisions: tuple[tuple[Action, ...], ...]) -> Plan:
-    """The plan with other decisions and a host slab that surely holds what they swap."""
-    saved_bytes = sum(plan.step.program_of(block).saved_bytes for block in range(plan.step.num_blocks))
-    return replace(plan, decisions=decisions, prediction=replace(plan.prediction, host_bytes=saved_bytes))
 
 
 def assert_same(seen: list[torch.Tensor], expected: list[torch.Tensor]) -> None:

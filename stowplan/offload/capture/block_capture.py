@@ -20,6 +20,7 @@ from stowplan.offload.copies import PlainCopies
 from stowplan.offload.host_slab import HostSlab
 from stowplan.offload.intercept import Forward
 from stowplan.offload.memory_log import Segment
+from stowplan.offload.parallel import class_name
 from stowplan.offload.recording import Recording, record_call
 from stowplan.offload.storages import storage_bytes
 from stowplan.offload.tape.proof import prove
@@ -133,7 +134,7 @@ def capture_block(
     graph = segments["graph"]
     capture = BlockCapture(
         tape=tape,
-        name=type(module).__name__,
+        name=class_name(module),
         input_bytes=input_bytes(leaves),
         output_values=output_values,
         forward_seconds=seconds[0],

@@ -25,6 +25,7 @@ from stowplan.offload.dry.known import Known
 from stowplan.offload.dry.mode import DryLog, DryMode
 from stowplan.offload.dry.run import DryRun
 from stowplan.offload.memory_log import MemoryLog
+from stowplan.offload.parallel import local_part
 from stowplan.offload.storages import storage_bytes
 
 __all__ = ["OptimizerCost", "optimizer_cost", "state_bytes"]
@@ -114,9 +115,10 @@ def _partial_step(optimizer: torch.optim.Optimizer) -> OptimizerCost:
     chosen: set[int] = set()
     num_chosen = 0
     for parameter in parameters:
-        if not chosen or num_chosen + parameter.numel() <= _MAX_STAND_IN_ELEMENTS:
+        num_elements = local_part(parameter).numel()
+        if not chosen or num_chosen + num_elements <= _MAX_STAND_IN_ELEMENTS:
             chosen.add(id(parameter))
-            num_chosen += parameter.numel()
+            num_chosen += num_elements
     if not num_chosen:
         return OptimizerCost(0, 0, 0.0)
     twin = _twin(optimizer, _small_numbers, lambda p: id(p) in chosen)
@@ -124,7 +126,7 @@ def _partial_step(optimizer: torch.optim.Optimizer) -> OptimizerCost:
     seconds = sorted(_timed(twin, parameters) for _ in range(3))[1]
     with DryMode() as live:
         _take_step(twin)
-    scale = sum(p.numel() for p in parameters) / num_chosen
+    scale = sum(local_part(p).numel() for p in parameters) / num_chosen
     return OptimizerCost(
         round(state_bytes(twin) * scale), round(live.peak_bytes * scale), seconds * scale, exact=scale == 1
     )
@@ -164,8 +166,8 @@ def _twin(
         parameters = []
         for p in group["params"]:
             if p.requires_grad and chosen(p):
-                stand_in = torch.nn.Parameter(make(p))
-                stand_in.grad = make(p)
+                stand_in = torch.nn.Parameter(make(local_part(p)))
+                stand_in.grad = make(local_part(p))
                 parameters.append(stand_in)
         if parameters:
             groups.append({**group, "params": parameters})

@@ -5,11 +5,12 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 
-from stowplan.core.program import Phase, StepProgram
+from stowplan.core.program import BlockProgram, Phase, StepProgram
 from stowplan.core.units import format_bytes
 from stowplan.offload.arguments import tensors_in
 from stowplan.offload.blocks import Block, refuse_unsupported
@@ -18,6 +19,7 @@ from stowplan.offload.capture.instruments import Instruments, RealInstruments
 from stowplan.offload.capture.optimizers import OptimizerCost, optimizer_cost, state_bytes
 from stowplan.offload.capture.outline import Moment, Outline
 from stowplan.offload.capture.phases import phases_of
+from stowplan.offload.parallel import is_sharded
 from stowplan.offload.recording import devices_of
 from stowplan.offload.storages import storage_bytes
 from stowplan.offload.tape.rng import restored
@@ -39,6 +41,14 @@ class Capture(NamedTuple):
     assumptions: tuple[str, ...]
     again: Callable[[], StepProgram]
     loss: Callable[[], torch.Tensor]
+
+    def with_buffers(self, num_bytes: int) -> Capture:
+        """The same with more buffers, which somebody around the model holds all step."""
+
+        def more(step: StepProgram) -> StepProgram:
+            return replace(step, buffer_bytes=step.buffer_bytes + num_bytes)
+
+        return self._replace(step=more(self.step), again=lambda: more(self.again()))
 
 
 def capture(
@@ -73,11 +83,13 @@ def capture(
     refuse_unsupported(model, blocks)
     instruments = instruments or RealInstruments(next(model.parameters()).device)
     static = frozenset(t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers(), *tensors_in(batch)))
-    outline = Outline(blocks, instruments, hold_gradients, hold_output, static, on_progress)
+    sharded = any(map(is_sharded, model.modules()))
+    adding = hold_gradients and not sharded  # a sharded gradient is added to after the block's backward
+    outline = Outline(blocks, instruments, adding, hold_output, static, on_progress)
     with _untouched(model), _without_collections():
-        _reset_gradients(model, hold_gradients)
+        _reset_gradients(model, adding)
         outline.explore(forward, loss_of)
-        _reset_gradients(model, hold_gradients)
+        _reset_gradients(model, adding)
         on_progress("measuring the model around its blocks")
         moments = outline.measure(forward, loss_of)
     on_progress("measuring the optimizer")
@@ -94,14 +106,15 @@ def capture(
         with _untouched(model):
             return outline.loss(forward, loss_of)
 
-    return Capture(step, _assumptions(outline, step, cost, optimizer), again, loss)
+    return Capture(step, _assumptions(outline, step, cost, optimizer, hold_gradients, sharded), again, loss)
 
 
 @contextmanager
 def _untouched(model: torch.nn.Module) -> Iterator[None]:
     """Put gradients, buffers and random generators back as they are now; hooks on parameters do not run meanwhile.
 
-    Such a hook may step an optimizer or start a reduction: what is captured is no training step.
+    Such a hook may step an optimizer or start a reduction: what is captured is no training step. Some cannot be taken
+    off (DistributedDataParallel's reducer), so others stand for the parameters.
     """
     gradients = [(p, p.grad) for p in model.parameters()]
     registries = [hooks for p in model.parameters() for hooks in (p._backward_hooks, p._post_accumulate_grad_hooks)]
@@ -110,7 +123,7 @@ def _untouched(model: torch.nn.Module) -> Iterator[None]:
     for hooks, _ in registered:
         hooks.clear()
     try:
-        with restored(devices_of(model)), torch.enable_grad():
+        with _stand_ins_for_parameters(model), restored(devices_of(model)), torch.enable_grad():
             yield
     finally:
         for hooks, content in registered:
@@ -118,6 +131,30 @@ def _untouched(model: torch.nn.Module) -> Iterator[None]:
         for parameter, gradient in gradients:
             parameter.grad = gradient
         buffers.restore()
+
+
+@contextmanager
+def _stand_ins_for_parameters(model: torch.nn.Module) -> Iterator[None]:
+    """Parameters that share the bytes of the model's own, and nothing else, are in their places while this is open.
+
+    Subclasses are left alone: they know more than their bytes, or others look after them (``fully_shard``).
+    """
+    twins: dict[int, torch.nn.Parameter] = {}
+    places = [
+        (child._parameters, name, parameter)
+        for child in model.modules()
+        for name, parameter in child._parameters.items()
+        if type(parameter) is torch.nn.Parameter
+    ]
+    for holder, name, parameter in places:
+        if id(parameter) not in twins:
+            twins[id(parameter)] = torch.nn.Parameter(parameter.detach(), parameter.requires_grad)
+        holder[name] = twins[id(parameter)]
+    try:
+        yield
+    finally:
+        for holder, name, parameter in places:
+            holder[name] = parameter
 
 
 @contextmanager
@@ -152,7 +189,11 @@ def _assemble(
     calls = outline.calls
     keys = [(call.kind, outline.surroundings(number)) for number, call in enumerate(calls)]
     kinds = list(dict.fromkeys(keys))
-    programs = tuple(outline.captures[kind].program(around) for kind, around in kinds)
+    modules = [blocks[calls[keys.index(key)].block].module for key in kinds]
+    programs = tuple(
+        _program(outline.captures[kind].program(around), module, hold_gradients)
+        for (kind, around), module in zip(kinds, modules, strict=True)
+    )
     runs = tuple(map(kinds.index, keys))
     phases = phases_of(outline, moments, [programs[program] for program in runs])
     left_bytes = phases.left_bytes
@@ -174,20 +215,40 @@ def _assemble(
     )
 
 
+def _program(program: BlockProgram, block: torch.nn.Module, hold_gradients: bool) -> BlockProgram:
+    """The program of ``block`` with what ``fully_shard`` does to its gradients: they are gathered into one buffer when
+    its backward is over, and only this process's part stays.
+    """
+    if not is_sharded(block):
+        return program
+    own_bytes = storage_bytes(parameter for parameter in block.parameters() if parameter.requires_grad)
+    reducing_bytes = program.output_gradient_bytes + 2 * program.gradient_bytes + own_bytes
+    return replace(
+        program,
+        gradient_bytes=0 if hold_gradients else own_bytes,
+        backward_peak_bytes=max(program.backward_peak_bytes, reducing_bytes),
+    )
+
+
 def _assumptions(
     outline: Outline,
     step: StepProgram,
     cost: OptimizerCost,
     optimizer: torch.optim.Optimizer | None,
+    hold_gradients: bool,
+    sharded: bool,
 ) -> tuple[str, ...]:
     ran = "captured dry" if outline.instruments.dry else "measured for real"
     said = [
         f"{len(outline.captures)} of {step.num_blocks} blocks {ran}, the others do the same",
         f"the model's output is {'held until backward is over' if outline.hold_output else 'dropped before backward'}",
-        "gradients stay allocated between steps"
-        if outline.hold_gradients
-        else "gradients are set to None between steps",
+        "gradients stay allocated between steps" if hold_gradients else "gradients are set to None between steps",
     ]
+    if sharded:
+        said.append(
+            "parameters, gradients and optimizer states are this process's part; gathered parameters are counted as "
+            "while capturing, and those that FSDP gathers ahead are not"
+        )
     if optimizer is None:
         said.append("no optimizer was given: its states and its step are not counted")
     elif not cost.exact:
