@@ -123,7 +123,8 @@ def test_a_process_ends_with_copies_under_way() -> None:
         "from stowplan.offload.copies.lanes import ThreadLane\n"
         "lane = ThreadLane('busy', lambda pairs: time.sleep(0.05))\n"
         "for _ in range(4):\n"
-        "    lane.copy([(torch.zeros(1 << 20, dtype=torch.uint8), torch.ones(1 << 20, dtype=torch.uint8))], 'b', None)\n"
+        "    byte = torch.ones(1 << 20, dtype=torch.uint8)\n"
+        "    lane.copy([(torch.zeros_like(byte), byte)], 'block', None)\n"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", program], check=True, timeout=120)
 
