@@ -7,8 +7,20 @@ from dataclasses import replace
 from hypothesis import strategies as st
 
 from stowplan.core.hardware import Hardware
-from stowplan.core.plan import Baseline, Decisions, Measurement, MomentBytes, Plan, Prediction, Solution
-from stowplan.core.program import Action, BlockProgram, Gap, Op, Phase, StepProgram, Value
+from stowplan.core.plan import Baseline, Measurement, MomentBytes, Plan, Prediction, Solution
+from stowplan.core.program import (
+    Action,
+    BlockProgram,
+    Decision,
+    Decisions,
+    Gap,
+    Op,
+    Phase,
+    Split,
+    StepProgram,
+    Value,
+    decision_by_rows,
+)
 from stowplan.core.units import GIB, MIB
 
 ANYTHING = (Action.KEEP, Action.SWAP, Action.RECOMPUTE)
@@ -90,7 +102,7 @@ def walk(step: StepProgram, decisions: Decisions) -> Prediction:
     def bytes_of(block: int, wanted: Action) -> int:
         program = step.program_of(block)
         pairs = zip(program.saved, decisions[block], strict=True)
-        return sum(program.values[i].size_bytes for i, action in pairs if action is wanted)
+        return sum(program.values[i].bytes_by_action(decision)[wanted] for i, decision in pairs)
 
     note("embedding forward", step.embedding_forward.peak_bytes, step.embedding_forward.seconds)
     for block, name in enumerate(step.block_names):
@@ -156,6 +168,27 @@ def example_plan(num_blocks: int = 12) -> Plan:
         baselines=(Baseline(name="recompute everything", fits=True, prediction=everything_again),),
         assumptions=("A step does the same as the captured one.", "Copies of pinned memory at the measured rates."),
         versions=(("stowplan", "0.1.0"), ("torch", "2.13.0"), ("python", "3.11.7")),
+    )
+
+
+def split_plan() -> Plan:
+    """The example plan where rows of two values do different things."""
+    plan = example_plan()
+    values = tuple(
+        replace(value, num_rows=256, splits=(64, 128)) if value.name in ("norm1", "up") else value
+        for value in LAYER.values
+    )
+    thirds = (
+        (Action.SWAP, Split(recomputed=64, swapped=128), Action.RECOMPUTE, Split(recomputed=128, swapped=128)),
+        (Action.SWAP, Split(recomputed=64, swapped=128), Action.KEEP, Split(recomputed=64, swapped=192)),
+        (Action.KEEP, Split(recomputed=0, swapped=32), Action.KEEP, Action.KEEP),
+    )
+    third = plan.step.num_blocks // 3
+    decisions = tuple(thirds[min(2, block // third)] for block in range(plan.step.num_blocks))
+    step = replace(plan.step, programs=(replace(LAYER, values=values),))
+    prediction = walk(step, decisions)
+    return replace(
+        plan, step=step, decisions=decisions, prediction=prediction, budget_bytes=prediction.peak_bytes + 96 * MIB
     )
 
 
@@ -249,17 +282,20 @@ def programs(draw: st.DrawFn) -> BlockProgram:
     """A chain of ops with saved and unsaved values; saved names differ."""
     actions = st.lists(st.sampled_from(Action), unique=True, max_size=3).map(tuple)
     value_names = draw(st.lists(names, min_size=1, max_size=6, unique=True))
+    num_rows = [draw(st.sampled_from((0, 0, 1, 48))) for _ in value_names]
     values = tuple(
         Value(
             name=name,
-            size_bytes=draw(sizes),
+            size_bytes=draw(sizes) * max(1, rows),
             producer=i - 1 if i else None,
             actions=draw(actions),
             shape=tuple(draw(st.lists(st.integers(0, 2**20), max_size=3))),
             dtype=draw(names),
+            num_rows=rows,
+            splits=draw(st.sampled_from(((), (16,), (16, 32)))) if rows > 1 else (),
             lingers=draw(st.booleans()),
         )
-        for i, name in enumerate(value_names)
+        for i, (name, rows) in enumerate(zip(value_names, num_rows, strict=True))
     )
     ops = tuple(
         Op(name=draw(names), inputs=(i,), outputs=(i + 1,), seconds=draw(durations), replayable=draw(st.booleans()))
@@ -275,6 +311,18 @@ def programs(draw: st.DrawFn) -> BlockProgram:
         backward_peak_bytes=draw(sizes),
         held_bytes=draw(sizes),
     )
+
+
+def decisions_of(value: Value) -> st.SearchStrategy[Decision]:
+    """Any action or split that ``value`` allows."""
+    found: list[Decision] = list(value.actions)
+    for recomputed in (0, *value.splits):
+        for swapped in range(value.num_rows - recomputed + 1):
+            decision = decision_by_rows(value.num_rows, recomputed, swapped)
+            shares = value.bytes_by_action(decision) if value.size_bytes else dict.fromkeys(Action, 1)
+            if isinstance(decision, Split) and all(a in value.actions for a, size in shares.items() if size):
+                found.append(decision)
+    return st.sampled_from(found)
 
 
 @st.composite
@@ -303,7 +351,7 @@ def plans(draw: st.DrawFn) -> Plan:
     )
     choices = [
         [
-            tuple(draw(st.sampled_from(program.values[i].actions)) for i in program.saved)
+            tuple(draw(decisions_of(program.values[i])) for i in program.saved)
             for _ in range(2)  # two kinds of decisions for each program, so that ranges of blocks arise
         ]
         for program in kinds

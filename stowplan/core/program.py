@@ -12,7 +12,20 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
 
-__all__ = ["Action", "BlockProgram", "Decision", "Gap", "Op", "Phase", "Split", "StepProgram", "Value"]
+__all__ = [
+    "Action",
+    "BlockDecisions",
+    "BlockProgram",
+    "Decision",
+    "Decisions",
+    "Gap",
+    "Op",
+    "Phase",
+    "Split",
+    "StepProgram",
+    "Value",
+    "decision_by_rows",
+]
 
 
 class Action(StrEnum):
@@ -37,6 +50,25 @@ class Split:
 
 # What a plan says of one saved value: the same for all of it, or by rows.
 Decision = Action | Split
+
+
+# One for each saved value of a block, in the order of ``BlockProgram.saved``; and these for each block of a step.
+BlockDecisions = tuple[Decision, ...]
+Decisions = tuple[BlockDecisions, ...]
+
+
+def decision_by_rows(num_rows: int, recomputed: int, swapped: int) -> Decision:
+    """What is decided where the first ``recomputed`` of ``num_rows`` rows are made again and ``swapped`` follow.
+
+    A ``Split`` only where rows differ; else the action that all of them share.
+    """
+    assert min(recomputed, swapped) >= 0
+    assert recomputed + swapped <= num_rows
+    if recomputed == num_rows:
+        return Action.RECOMPUTE
+    if swapped == num_rows:
+        return Action.SWAP
+    return Split(recomputed=recomputed, swapped=swapped) if recomputed or swapped else Action.KEEP
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +98,18 @@ class Value:
     def saved(self) -> bool:
         """Does autograd save it for the backward pass?"""
         return bool(self.actions)
+
+    def bytes_by_action(self, decision: Decision) -> dict[Action, int]:
+        """Bytes of the value that ``decision`` keeps, swaps and recomputes; they add up to its size."""
+        shares = dict.fromkeys(Action, 0)
+        if not isinstance(decision, Split):
+            shares[decision] = self.size_bytes
+            return shares
+        row_bytes = self.size_bytes // self.num_rows
+        shares[Action.RECOMPUTE] = decision.recomputed * row_bytes
+        shares[Action.SWAP] = decision.swapped * row_bytes
+        shares[Action.KEEP] = self.size_bytes - shares[Action.RECOMPUTE] - shares[Action.SWAP]
+        return shares
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +160,13 @@ class BlockProgram:
     def saved_bytes(self) -> int:
         """Bytes of all saved values and of what cannot be moved."""
         return sum(self.values[i].size_bytes for i in self.saved) + self.held_bytes
+
+    @cached_property
+    def forward_end_bytes(self) -> int:
+        """No fewer bytes than are alive when its forward ends: all that is saved or lingers, inputs and the output."""
+        inputs = sum(v.size_bytes for v in self.values if v.producer is None and not v.saved)
+        output = self.output_gradient_bytes  # as large as its gradient
+        return min(self.forward_peak_bytes, self.saved_bytes + self.lingering_bytes + inputs + output)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

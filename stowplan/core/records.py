@@ -35,7 +35,10 @@ def from_plain(kind: Any, plain: Any, path: str = "$") -> Any:
     if origin in (types.UnionType, typing.Union):
         if plain is None and type(None) in arguments:
             return None
-        (kind,) = [argument for argument in arguments if argument is not type(None)]
+        kinds = [argument for argument in arguments if argument is not type(None)]
+        if len(kinds) > 1:  # at most one of them is a dataclass, and only that is written as an object
+            kinds = [kind for kind in kinds if dataclasses.is_dataclass(kind) == isinstance(plain, dict)]
+        (kind,) = kinds
         return from_plain(kind, plain, path)
     if origin is tuple:
         items = _expect(list, plain, path)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from itertools import accumulate, groupby, pairwise
 
 from stowplan.core.plan import MomentBytes, Plan
-from stowplan.core.program import Action, BlockProgram
+from stowplan.core.program import Action, BlockProgram, Decision, Split, Value
 from stowplan.core.units import KIB, MIB
 from stowplan.reports.figures import CATEGORIES, bytes_by_category, phase_of
 from stowplan.reports.lines import Unit, clean, cut_middle
@@ -16,6 +16,8 @@ from stowplan.reports.lines import Unit, clean, cut_middle
 __all__ = ["ACTION_LETTERS", "decision_grid", "memory_chart", "peak_bar"]
 
 ACTION_LETTERS = {Action.KEEP: "K", Action.SWAP: "s", Action.RECOMPUTE: "c"}
+_SPLIT_MARKS = "123456789"  # of the different splits of one value, the most frequent first; "+" for all others
+_OTHER_SPLIT = "+"
 
 _CHART_ROWS = 20
 _AXIS_WIDTH = 9  # of the figures left of the chart
@@ -120,10 +122,26 @@ def _grid_part(plan: Plan, program: BlockProgram, blocks: Sequence[int]) -> list
     lines[-1] = title + lines[-1][len(title) :]
     for position, index in enumerate(program.saved):
         value = program.values[index]
-        letters = "".join(ACTION_LETTERS[plan.decisions[block][position]] for block in blocks)
+        decisions = [plan.decisions[block][position] for block in blocks]
+        splits = Counter(decision for decision in decisions if isinstance(decision, Split)).most_common()
+        marks = dict[Decision, str](ACTION_LETTERS.items())
+        marks.update((split, mark) for (split, _), mark in zip(splits, _SPLIT_MARKS, strict=False))
+        letters = "".join(marks.get(decision, _OTHER_SPLIT) for decision in decisions)
         name, size = cut_middle(value.name, _NAME_WIDTH - 1), unit.number(value.size_bytes)
-        lines.append(f"{name:<{_NAME_WIDTH}}{size:>{_SIZE_WIDTH}}  {letters} {_counts(letters)}")
+        lines.append(f"{name:<{_NAME_WIDTH}}{size:>{_SIZE_WIDTH}}  {letters} {_counts(letters)}".rstrip())
+        for (split, count), mark in zip(splits, _SPLIT_MARKS, strict=False):
+            lines.append(f"  {mark} {_shares(value, split)} of rows in {count} block{'s' if count > 1 else ''}")
+        rest = sum(count for _, count in splits[len(_SPLIT_MARKS) :])
+        if rest:
+            lines.append(f"  {_OTHER_SPLIT} other splits by rows in {rest} block{'s' if rest > 1 else ''}")
     return lines
+
+
+def _shares(value: Value, split: Split) -> str:
+    """How a value is split, in the order of its rows: ``"recompute 25% / swap 50% / keep 25%"``."""
+    kept = value.num_rows - split.recomputed - split.swapped
+    rows = {Action.RECOMPUTE: split.recomputed, Action.SWAP: split.swapped, Action.KEEP: kept}
+    return " / ".join(f"{action} {100 * count / value.num_rows:.3g}%" for action, count in rows.items() if count)
 
 
 def _block_rulers(blocks: Sequence[int]) -> list[str]:

@@ -89,10 +89,11 @@ def phase_of(moment: MomentBytes) -> str:
 def bytes_by_action(plan: Plan) -> dict[Action, int]:
     """Bytes of all saved values of all blocks, by what happens to them."""
     totals = dict.fromkeys(Action, 0)
-    for block, actions in enumerate(plan.decisions):
+    for block, chosen in enumerate(plan.decisions):
         program = plan.step.program_of(block)
-        for index, action in zip(program.saved, actions, strict=True):
-            totals[action] += program.values[index].size_bytes
+        for index, decision in zip(program.saved, chosen, strict=True):
+            for action, size_bytes in program.values[index].bytes_by_action(decision).items():
+                totals[action] += size_bytes
     return totals
 
 

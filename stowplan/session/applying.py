@@ -11,7 +11,7 @@ import torch
 
 from stowplan.core.errors import InvalidArgument, PlanMismatch
 from stowplan.core.plan import Plan
-from stowplan.core.program import Action
+from stowplan.core.program import Action, Split
 from stowplan.offload.blocks import Block
 from stowplan.offload.copies import PlainCopies
 from stowplan.offload.engine import Engine
@@ -162,12 +162,17 @@ def _named_blocks(model: torch.nn.Module, plan: Plan) -> list[Block]:
     return blocks
 
 
-def _decisions(plan: Plan) -> Sequence[Mapping[str, Action]]:
+def _decisions(plan: Plan) -> Sequence[Mapping[str, Any]]:
+    """By block, the ``Decision`` on each saved value by its name."""
     return [plan.actions_of(block) for block in range(plan.step.num_blocks)]
 
 
 def _slab(plan: Plan, model: torch.nn.Module) -> HostSlab:
-    num_swapped = sum(action is Action.SWAP for actions in plan.decisions for action in actions)
+    num_swapped = sum(
+        decision is Action.SWAP or (isinstance(decision, Split) and decision.swapped > 0)
+        for chosen in plan.decisions
+        for decision in chosen
+    )
     size_bytes = plan.prediction.host_bytes + num_swapped * _SLAB_ALIGNMENT
     return HostSlab(size_bytes, pinned=device_of(model).type == "cuda")
 

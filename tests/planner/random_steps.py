@@ -8,20 +8,26 @@ from collections.abc import Iterator
 from hypothesis import strategies as st
 
 from stowplan.core.hardware import Hardware
-from stowplan.core.plan import Decisions
-from stowplan.core.program import Action, BlockProgram, Gap, Op, Phase, StepProgram, Value
+from stowplan.core.program import Action, BlockProgram, Decision, Decisions, Gap, Op, Phase, StepProgram, Value
 from stowplan.planner.activations import Problem
+from stowplan.planner.activations.problem import ProgramChoices
+from stowplan.planner.activations.rounding import first_rows, grain, nearest_rows
 
 KEEP, SWAP, RECOMPUTE = Action.KEEP, Action.SWAP, Action.RECOMPUTE
 PLENTY = 10**9
 ACTION_SETS = ((KEEP, SWAP, RECOMPUTE), (KEEP, SWAP), (KEEP, RECOMPUTE), (SWAP, RECOMPUTE), (KEEP,), (SWAP,))
 SIZES = st.sampled_from((0, 1, 3, 10, 40, 100, 250))
 SECONDS = st.sampled_from((0.0, 0.01, 0.1, 0.3, 1.0))
+GRAIN = 16
+ROWS = (2 * GRAIN, 3 * GRAIN)
 
 
 @st.composite
-def block_programs(draw: st.DrawFn, most_saved: int = 6) -> BlockProgram:
-    """A random DAG of 1 to 6 ops: unsaved steps, several outputs, fixed ops, restricted actions, empty values."""
+def block_programs(draw: st.DrawFn, most_saved: int = 6, rows: bool = False) -> BlockProgram:
+    """A random DAG of 1 to 6 ops: unsaved steps, several outputs, fixed ops, restricted actions, empty values.
+
+    With ``rows`` about half of the saved values may be divided.
+    """
     values: list[Value] = []
     ops: list[Op] = []
     num_saved = 0
@@ -32,8 +38,18 @@ def block_programs(draw: st.DrawFn, most_saved: int = 6) -> BlockProgram:
         num_saved += saved
         actions = draw(st.sampled_from(ACTION_SETS[:3] * 3 + ACTION_SETS)) if saved else ()
         lingers = draw(st.integers(0, 5)) == 0
+        num_rows = draw(st.sampled_from((0, 0, *ROWS))) if saved and rows else 0
+        splits = draw(st.lists(st.sampled_from(range(GRAIN, num_rows, GRAIN)), unique=True)) if num_rows else []
         values.append(
-            Value(name=f"v{len(values)}", size_bytes=draw(SIZES), producer=producer, actions=actions, lingers=lingers)
+            Value(
+                name=f"v{len(values)}",
+                size_bytes=draw(st.sampled_from((0, 1, 3))) * num_rows if num_rows else draw(SIZES),
+                producer=producer,
+                actions=actions,
+                lingers=lingers,
+                num_rows=num_rows,
+                splits=tuple(sorted(splits)),
+            )
         )
         return len(values) - 1
 
@@ -70,9 +86,9 @@ def block_programs(draw: st.DrawFn, most_saved: int = 6) -> BlockProgram:
 
 
 @st.composite
-def problems(draw: st.DrawFn, most_blocks: int = 6, most_saved: int = 6) -> Problem:
+def problems(draw: st.DrawFn, most_blocks: int = 6, most_saved: int = 6, rows: bool = False) -> Problem:
     """A random step with unequal blocks, on a link that is slow or quick, with or without overlapped copies."""
-    programs = tuple(draw(st.lists(block_programs(most_saved), min_size=1, max_size=2)))
+    programs = tuple(draw(st.lists(block_programs(most_saved, rows), min_size=1, max_size=2)))
     blocks = tuple(draw(st.lists(st.integers(0, len(programs) - 1), min_size=1, max_size=most_blocks)))
 
     def phase() -> Phase:
@@ -112,21 +128,43 @@ def problems(draw: st.DrawFn, most_blocks: int = 6, most_saved: int = 6) -> Prob
 
 
 @st.composite
-def problems_with_decisions(draw: st.DrawFn) -> tuple[Problem, Decisions]:
-    problem = draw(problems())
+def problems_with_decisions(draw: st.DrawFn, rows: bool = False) -> tuple[Problem, Decisions]:
+    problem = draw(problems(rows=rows))
+
+    def decision(choices: ProgramChoices, position: int) -> Decision:
+        num_rows = choices.num_rows[position]
+        if not num_rows or draw(st.integers(0, 2)) == 0:
+            return draw(st.sampled_from(choices.actions[position]))
+        recomputed = draw(st.sampled_from(first_rows(choices, position)))
+        return nearest_rows(choices, position, recomputed, draw(st.integers(recomputed, num_rows)))
+
     decisions = tuple(
-        tuple(draw(st.sampled_from(actions)) for actions in problem.choices_of(block).actions)
-        for block in problem.order
+        tuple(decision(choices, position) for position in range(len(choices.actions)))
+        for choices in map(problem.choices_of, problem.order)
     )
     return problem, decisions
 
 
-def tiny_problems() -> st.SearchStrategy[Problem]:
-    """Problems whose decisions can all be enumerated: at most 3^6."""
-    return problems(most_blocks=2, most_saved=3)
+def tiny_problems(rows: bool = False) -> st.SearchStrategy[Problem]:
+    """Problems whose decisions can all be enumerated: at most 3^6, with rows 10^4."""
+    return problems(most_blocks=2, most_saved=2 if rows else 3, rows=rows)
 
 
 def all_decisions(problem: Problem) -> Iterator[Decisions]:
-    """Every decision that is possible."""
-    per_block = [itertools.product(*problem.choices_of(block).actions) for block in problem.order]
+    """Every decision that is possible, where kept rows begin at multiples of the planner's grain."""
+    per_block = []
+    for choices in map(problem.choices_of, problem.order):
+        per_value = [_decisions_of(choices, position) for position in range(len(choices.actions))]
+        per_block.append(itertools.product(*per_value))
     return itertools.product(*per_block)
+
+
+def _decisions_of(choices: ProgramChoices, position: int) -> list[Decision]:
+    num_rows = choices.num_rows[position]
+    if not num_rows:
+        return list(choices.actions[position])
+    edges = {*range(0, num_rows, grain(num_rows)), num_rows}
+    rows = [
+        (first, edge) for first in first_rows(choices, position) for edge in sorted(edges | {first}) if edge >= first
+    ]
+    return list(dict.fromkeys(nearest_rows(choices, position, *pair) for pair in rows))

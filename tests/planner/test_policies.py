@@ -9,8 +9,7 @@ from hypothesis import given, settings
 
 from benchmarks.analytic import analytic_llama
 from stowplan.core.hardware import preset
-from stowplan.core.plan import Decisions
-from stowplan.core.program import Action
+from stowplan.core.program import Action, Decisions
 from stowplan.planner.activations import Problem, evaluate, policies
 from tests.planner.random_steps import problems
 

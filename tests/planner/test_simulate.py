@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from benchmarks.analytic import analytic_llama
 from stowplan.core.errors import InvalidArgument, PlanRejected
 from stowplan.core.hardware import preset
-from stowplan.core.plan import Decisions
-from stowplan.core.program import Action, BlockProgram, Op, Value
+from stowplan.core.program import Action, BlockProgram, Decisions, Op, Value
 from stowplan.planner.activations import Evaluation, Problem, evaluate, policies, simulate, verify
 from stowplan.planner.activations.draft import Draft
 from stowplan.planner.activations.footprint import measure_block
@@ -19,8 +18,8 @@ from stowplan.planner.activations.problem import _choices_of
 from tests.planner.random_steps import KEEP, RECOMPUTE, SWAP, problems_with_decisions
 
 
-@settings(max_examples=400, deadline=None)
-@given(problems_with_decisions())
+@settings(max_examples=800, deadline=None)
+@given(problems_with_decisions() | problems_with_decisions(rows=True))
 def test_formulas_and_simulation_agree(given_: tuple[Problem, Decisions]) -> None:
     problem, decisions = given_
     formed, seen = evaluate(problem, decisions), simulate(problem, decisions)
@@ -35,8 +34,8 @@ def test_formulas_and_simulation_agree(given_: tuple[Problem, Decisions]) -> Non
     assert starts == sorted(starts)
 
 
-@settings(max_examples=100, deadline=None)
-@given(problems_with_decisions())
+@settings(max_examples=150, deadline=None)
+@given(problems_with_decisions(rows=True))
 def test_draft_is_the_evaluation(given_: tuple[Problem, Decisions]) -> None:
     problem, decisions = given_
     keep = tuple(tuple(actions[0] for actions in problem.choices_of(block).actions) for block in problem.order)
@@ -117,7 +116,7 @@ def test_fixed_ops_forbid_recomputation_through_unsaved_values() -> None:
             account(problem, ((KEEP, RECOMPUTE, KEEP),))
         with pytest.raises(InvalidArgument, match=r"'x'.*no op of the block makes it"):
             account(problem, ((RECOMPUTE, KEEP, KEEP),))
-        with pytest.raises(InvalidArgument, match="2 actions for 3"):
+        with pytest.raises(InvalidArgument, match="2 decisions for 3"):
             account(problem, ((KEEP, KEEP),))
         with pytest.raises(InvalidArgument, match="0 blocks"):
             account(problem, ())

@@ -15,7 +15,7 @@ from stowplan.core.program import Action
 from stowplan.core.units import GIB, MIB
 from stowplan.reports.charts import decision_grid
 from stowplan.reports.text import render
-from tests.plans import LAYER, declined_plan, example_plan, measured_plan, plans, step_of
+from tests.plans import LAYER, declined_plan, example_plan, measured_plan, plans, split_plan, step_of
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -46,6 +46,7 @@ def two_kinds_plan() -> Plan:
     ("name", "plan"),
     [
         ("planned", example_plan()),
+        ("split", split_plan()),
         ("measured", measured_plan()),
         ("declined", declined_plan()),
         ("over_budget", over_budget_plan()),

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from stowplan.core.plan import Decisions
-from stowplan.core.program import Action
+from stowplan.core.program import BlockDecisions, Decisions
 from stowplan.planner.activations.evaluate import peaks_of_moments, seconds_of_step
 from stowplan.planner.activations.footprint import BlockFootprint, Footprints
 from stowplan.planner.activations.problem import Problem
 
-__all__ = ["Actions", "Draft"]
-
-Actions = tuple[Action, ...]
+__all__ = ["Draft"]
 
 
 class Draft:
@@ -23,14 +20,14 @@ class Draft:
     def __init__(self, problem: Problem, decisions: Decisions, footprints: Footprints | None = None) -> None:
         self.problem = problem
         self.footprints = footprints if footprints is not None else Footprints(problem)
-        self.actions: list[Actions] = list(decisions)
-        self.blocks = [self.footprints.of(block, actions) for block, actions in enumerate(decisions)]
+        self.chosen: list[BlockDecisions] = list(decisions)
+        self.blocks = [self.footprints.of(block, chosen) for block, chosen in enumerate(decisions)]
         self.excess_bytes = self._excess()
         self.seconds = seconds_of_step(problem, self.blocks)
 
     @property
     def decisions(self) -> Decisions:
-        return tuple(self.actions)
+        return tuple(self.chosen)
 
     @property
     def peak_bytes(self) -> int:
@@ -44,15 +41,15 @@ class Draft:
         device = self.peak_bytes - self.problem.budget_bytes
         return max(0, device) + max(0, self.host_bytes - self.problem.host_budget_bytes)
 
-    def _swap_in(self, changes: dict[int, Actions]) -> dict[int, Actions]:
+    def _swap_in(self, changes: dict[int, BlockDecisions]) -> dict[int, BlockDecisions]:
         """Put ``changes`` in place without judging them; returns what undoes them."""
-        undo = {block: self.actions[block] for block in changes}
-        for block, actions in changes.items():
-            self.actions[block] = actions
-            self.blocks[block] = self.footprints.of(block, actions)
+        undo = {block: self.chosen[block] for block in changes}
+        for block, chosen in changes.items():
+            self.chosen[block] = chosen
+            self.blocks[block] = self.footprints.of(block, chosen)
         return undo
 
-    def cost_of(self, changes: dict[int, Actions]) -> tuple[int, float]:
+    def cost_of(self, changes: dict[int, BlockDecisions]) -> tuple[int, float]:
         """(excess bytes, seconds) if ``changes`` were made; seconds are infinite where excess alone rules them out."""
         undo = self._swap_in(changes)
         excess = self._excess()
@@ -60,13 +57,13 @@ class Draft:
         self._swap_in(undo)
         return excess, seconds
 
-    def change(self, changes: dict[int, Actions]) -> None:
+    def change(self, changes: dict[int, BlockDecisions]) -> None:
         """Make ``changes``."""
         self._swap_in(changes)
         self.excess_bytes = self._excess()
         self.seconds = seconds_of_step(self.problem, self.blocks)
 
-    def improve_by(self, changes: dict[int, Actions]) -> bool:
+    def improve_by(self, changes: dict[int, BlockDecisions]) -> bool:
         """Make ``changes`` if they exceed budgets by less, or by no more and take less time."""
         if self._cannot_help(changes):
             return False
@@ -85,12 +82,12 @@ class Draft:
         swapped = block.swapped_bytes
         return swapped / hardware.to_host_bytes_per_second + swapped / hardware.to_device_bytes_per_second
 
-    def _cannot_help(self, changes: dict[int, Actions]) -> bool:
+    def _cannot_help(self, changes: dict[int, BlockDecisions]) -> bool:
         """Within budgets, time falls only if something is replayed or copied less: cheap to see without a trial."""
         if self.excess_bytes:
             return False
-        for block, actions in changes.items():
-            now, then = self.blocks[block], self.footprints.of(block, actions)
+        for block, chosen in changes.items():
+            now, then = self.blocks[block], self.footprints.of(block, chosen)
             if then.replay_seconds < now.replay_seconds or then.swapped_bytes < now.swapped_bytes:
                 return False
         return True

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from stowplan.core.plan import Decisions
+from stowplan.core.program import Decisions
 from stowplan.planner.activations.footprint import BlockFootprint, Footprints
 from stowplan.planner.activations.problem import Problem
 
@@ -29,7 +29,7 @@ def evaluate(problem: Problem, decisions: Decisions) -> Evaluation:
     """Time and bytes of ``decisions`` by formula. Raises InvalidArgument for decisions that are not possible."""
     problem.check(decisions)
     footprints = Footprints(problem)
-    blocks = [footprints.of(block, actions) for block, actions in enumerate(decisions)]
+    blocks = [footprints.of(block, chosen) for block, chosen in enumerate(decisions)]
     return Evaluation(
         step_seconds=seconds_of_step(problem, blocks),
         peaks_bytes=tuple(peaks_of_moments(problem, blocks)),
@@ -45,18 +45,18 @@ def peaks_of_moments(problem: Problem, blocks: Sequence[BlockFootprint]) -> list
     step, gaps = problem.step, problem.step.gap_before
     static = step.static_bytes
     window = problem.hardware.staging_blocks if problem.hardware.overlapped_copies else 0
-    swapped = [block.swapped_bytes for block in blocks]
+    staged = [block.staged_bytes for block in blocks]
     programs = problem.programs
     peaks = [static + step.embedding_forward.peak_bytes]
     earlier = static
-    in_flight = _in_flight(swapped, window)
+    in_flight = _in_flight(staged, window)
     left = step.forward_left_bytes
     for i, block in enumerate(blocks):
         if i in gaps:
-            peaks.append(earlier + _last(swapped, window, i) + gaps[i].forward.peak_bytes)
-        peaks.append(earlier + left[i] + in_flight[i] + programs[i].forward_peak_bytes)
+            peaks.append(earlier + _last(staged, window, i) + gaps[i].forward.peak_bytes)
+        peaks.append(earlier + left[i] + in_flight[i] + block.forward_peak_bytes)
         earlier += block.alive_bytes
-    peaks.append(earlier + _last(swapped, window, len(blocks)) + step.head.peak_bytes)
+    peaks.append(earlier + _last(staged, window, len(blocks)) + step.head.peak_bytes)
     kept = sum(block.kept_bytes for block in blocks)
     gradients = 0
     left = step.backward_left_bytes
@@ -66,24 +66,24 @@ def peaks_of_moments(problem: Problem, blocks: Sequence[BlockFootprint]) -> list
         peaks.append(others + blocks[i].backward_peak_bytes)
         gradients += programs[i].gradient_bytes
         if i in gaps:
-            peaks.append(static + gradients + kept + _last(swapped, window, i) + gaps[i].backward.peak_bytes)
+            peaks.append(static + gradients + kept + _last(staged, window, i) + gaps[i].backward.peak_bytes)
     peaks.append(static + gradients + step.embedding_backward.peak_bytes)
     peaks.append(static + gradients + step.optimizer_step.peak_bytes)
     return peaks
 
 
-def _in_flight(swapped: Sequence[int], window: int) -> Sequence[int]:
-    """For each block the swapped bytes of the ``window`` − 1 blocks before it (``window`` 0 or 1: none)."""
+def _in_flight(staged: Sequence[int], window: int) -> Sequence[int]:
+    """For each block the staged bytes of the ``window`` − 1 blocks before it (``window`` 0 or 1: none)."""
     if window <= 1:
-        return [0] * len(swapped)
+        return [0] * len(staged)
     if window == 2:  # the usual number of staging blocks, on the path of every trial of the search
-        return [0, *swapped[:-1]]
-    return [sum(swapped[max(0, i - window + 1) : i]) for i in range(len(swapped))]
+        return [0, *staged[:-1]]
+    return [sum(staged[max(0, i - window + 1) : i]) for i in range(len(staged))]
 
 
-def _last(swapped: Sequence[int], window: int, stop: int) -> int:
-    """Swapped bytes of the last ``window`` blocks before block ``stop``."""
-    return sum(swapped[max(0, stop - window) : stop]) if window else 0
+def _last(staged: Sequence[int], window: int, stop: int) -> int:
+    """Staged bytes of the last ``window`` blocks before block ``stop``."""
+    return sum(staged[max(0, stop - window) : stop]) if window else 0
 
 
 def seconds_of_step(problem: Problem, blocks: Sequence[BlockFootprint]) -> float:

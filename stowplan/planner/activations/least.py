@@ -6,8 +6,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from stowplan.core.plan import Decisions
-from stowplan.core.program import Action
+from stowplan.core.program import Action, Decisions
 from stowplan.planner.activations.draft import Draft
 from stowplan.planner.activations.groups import group_blocks
 from stowplan.planner.activations.problem import Problem
@@ -32,7 +31,8 @@ def find_least_budget(
 
     Needs no solver where swapping everything, or one of the ``known`` decisions, is as low as is conceivable. Else the
     memory program is solved: exact where every block decides alone and the solver ends in time; otherwise the result
-    of its groups, brought down further by descent, is an upper bound on the least budget (``proven`` says which).
+    of its groups, brought down further by descent, is an upper bound on the least budget (``proven`` says which). So it
+    is where rows may be divided: the program is solved for whole values and for rounded rows, and descent goes on.
     """
     floor = least_conceivable_bytes(problem)
     goal = replace(problem, budget_bytes=max(1, floor))
@@ -45,11 +45,14 @@ def find_least_budget(
 
     deadline = time.monotonic() + time_limit_seconds
     groups = group_blocks(problem, most_groups)
-    found = least_memory(problem, groups, solver, time_limit_seconds / 2)
-    if found is not None:
-        drafts.append(Draft(goal, found.decisions))
+    kinds = (problem.undivided, problem) if problem.by_rows else (problem,)
     single = len(groups) == problem.step.num_blocks
-    proven = single and found is not None and found.proven
+    proven = False
+    for kind in kinds:
+        found = least_memory(kind, groups, solver, time_limit_seconds / 2 / len(kinds))
+        if found is not None:
+            drafts.append(Draft(goal, found.decisions))
+            proven = single and found.proven and not problem.by_rows
     if not proven:
         start = _lowest(drafts) or min(drafts, key=lambda draft: draft.excess_bytes)
         improve(start, deadline)

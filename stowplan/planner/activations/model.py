@@ -1,8 +1,9 @@
 """The activation plan as a mixed-integer program (docs/planner.md has the formulas). Imports pulp through rows.py.
 
 Per cell — a block, or blocks that share decisions — and saved value v there are k_v and s_v: kept and swapped, the rest
-recomputed. ρ_o is whether (in the relaxation: for which fraction of token rows) op o runs again. All other quantities
-are linear in them: bytes kept, alive and swapped, replay seconds, and the bytes live during each op of the replay.
+recomputed; binaries where v's rows may not be divided. ρ_o is for which fraction of the rows op o runs again. All other
+quantities are linear in them: bytes kept, alive and swapped, replay seconds, and the bytes live during each op of the
+replay. Only the price of causal attention is not: ρ² of its time, by tangents from below.
 """
 
 from __future__ import annotations
@@ -60,21 +61,33 @@ def add_cell(
 ) -> Cell:
     """Variables and rows of one block: decisions, what they cost, and the bytes of the replay.
 
-    Without ``integer``, decisions may be fractions. With ``token_rows`` these are fractions of rows: causal attention
-    costs ρ², and the backward peak is only its constant part, a relaxation that no plan beats.
+    Without ``integer``, decisions may be fractions. Rows are divided as the problem allows, or with ``token_rows`` all
+    of them: then the backward peak is only its constant part, a relaxation that no plan beats.
+
+    Note: rows are a relaxation. Fractions stand for any number of rows, the copies of kept rows and the whole buffers
+    of split values are left out, and all other bytes of a split are no more than it really has. So no plan of rows is
+    below the optimum, and what is rounded from it has to be judged by the formulas.
     """
     saved = [program.values[index] for index in program.saved]
     sizes = [value.size_bytes / scale.bytes for value in saved]
     pairs = []
     runs: dict[int, Variable] = {}
-    for actions, chain in zip(choices.actions, choices.chains, strict=True):
-        kept = rows.variable(0, 1 if Action.KEEP in actions else 0, integer=integer)
-        swapped = rows.variable(0, 1 if Action.SWAP in actions else 0, integer=integer)
+    divided: set[int] = set()  # ops that may run for a part of the rows
+    for actions, chain, num_rows, splits in zip(
+        choices.actions, choices.chains, choices.num_rows, choices.splits, strict=True
+    ):
+        kept = rows.variable(0, 1 if Action.KEEP in actions else 0, integer=integer and not num_rows)
+        swapped = rows.variable(0, 1 if Action.SWAP in actions else 0, integer=integer and not num_rows)
         pairs.append((kept, swapped))
         if Action.RECOMPUTE not in actions:
             rows.equal([(kept, 1), (swapped, 1)], 1)
             continue
-        rows.at_most([(kept, 1), (swapped, 1)], 1)
+        if num_rows and not splits:
+            rows.equal([(kept, 1), (swapped, 1), (rows.variable(0, 1, integer=integer), 1)], 1)
+        else:
+            rows.at_most([(kept, 1), (swapped, 1)], 1)
+        if splits or token_rows:
+            divided.update(chain)
         for op in chain:
             if op not in runs:
                 runs[op] = rows.variable(0, 1)
@@ -85,7 +98,7 @@ def add_cell(
     alive = held + program.lingering_bytes / scale.bytes + sum(lingering)
     seconds = []
     for op, run in runs.items():
-        priced = _quadratic(rows, run) if token_rows and program.ops[op].causal_attention else run
+        priced = _quadratic(rows, run) if op in divided and program.ops[op].causal_attention else run
         seconds.append((priced, program.ops[op].seconds / scale.seconds))
     peak = rows.variable(program.backward_peak_bytes / scale.bytes)
     if not token_rows:

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from stowplan.core.plan import Decisions
-from stowplan.core.program import Action, BlockProgram
+from stowplan.core.program import Action, BlockProgram, Decision, Decisions, Split, decision_by_rows
 from stowplan.planner.activations.draft import Draft
-from stowplan.planner.activations.problem import Problem
+from stowplan.planner.activations.problem import Problem, ProgramChoices
 
 __all__ = ["POLICIES", "Policy"]
 
@@ -59,37 +58,58 @@ def selective(problem: Problem) -> Decisions:
 
 
 def memo(problem: Problem) -> Decisions:
-    """MEMO's rule with whole values instead of token rows (arXiv 2407.12117, section 4).
+    """MEMO's rule (arXiv 2407.12117, section 4).
 
-    Block input and attention output are swapped. Of the rest, largest first, as many bytes are swapped as one block's
-    forward hides and the host holds; what remains is recomputed. The last two blocks are kept.
+    Block input and attention output are swapped. Of the rows of the rest a fraction α is swapped: the largest that one
+    block's forward hides and the host holds. The first 1 − α of the rows are recomputed. The last two blocks are kept.
+    A value whose rows may not be divided is swapped whole, the largest first, as long as the same bytes allow it.
     """
     step = problem.step
     num_swapping = max(1, step.num_blocks - _NUM_LAST_KEPT)
     per_program = []
-    for program in step.programs:
+    for program, choices in zip(step.programs, problem.choices, strict=True):
         room = program.forward_seconds * problem.hardware.to_host_bytes_per_second
-        per_program.append(_memo_swaps(program, int(min(room, problem.host_budget_bytes // num_swapping))))
+        room_bytes = int(min(room, problem.host_budget_bytes // num_swapping))
+        per_program.append(_memo_decisions(program, choices, room_bytes))
 
-    def rule(block: int, position: int) -> Action:
+    def rule(block: int, position: int) -> Decision:
         if block >= step.num_blocks - _NUM_LAST_KEPT:
             return Action.KEEP
-        swapped = step.program_of(block).saved[position] in per_program[step.blocks[block]]
-        return Action.SWAP if swapped else Action.RECOMPUTE
+        return per_program[step.blocks[block]].get(position, Action.RECOMPUTE)
 
     return _by_rule(problem, rule)
 
 
-def _memo_swaps(program: BlockProgram, room_bytes: int) -> set[int]:
-    """Saved values that MEMO swaps when ``room_bytes`` per block are hidden: always its base, then largest first."""
+def _memo_decisions(program: BlockProgram, choices: ProgramChoices, room_bytes: int) -> dict[int, Decision]:
+    """What MEMO swaps, all or part of it, by position among the saved values, where ``room_bytes`` are hidden."""
     attention = {index for op in program.ops if op.causal_attention or "attention" in op.name for index in op.outputs}
-    swaps = {i for i in program.saved if program.values[i].producer is None or i in attention}
-    room_bytes -= sum(program.values[i].size_bytes for i in swaps)
-    for index in sorted(set(program.saved) - swaps, key=lambda i: (-program.values[i].size_bytes, i)):
-        if program.values[index].size_bytes <= room_bytes:
-            swaps.add(index)
-            room_bytes -= program.values[index].size_bytes
-    return swaps
+    sizes = [program.values[index].size_bytes for index in program.saved]
+    decisions: dict[int, Decision] = {
+        n: Action.SWAP
+        for n, index in enumerate(program.saved)
+        if program.values[index].producer is None or index in attention
+    }
+    others = [n for n in range(len(sizes)) if n not in decisions]
+    room_bytes = max(0, room_bytes - sum(sizes[n] for n in decisions))
+    all_bytes = sum(sizes[n] for n in others)
+    whole = []
+    for n in others:
+        num_rows = choices.num_rows[n]
+        if not choices.splits[n] or Action.SWAP not in choices.actions[n]:
+            whole.append(n)
+            continue
+        recomputed = next(
+            rows for rows in (0, *choices.splits[n], num_rows) if (num_rows - rows) * all_bytes <= room_bytes * num_rows
+        )
+        decisions[n] = decision_by_rows(num_rows, recomputed, num_rows - recomputed)
+    room_bytes -= sum(
+        program.values[program.saved[n]].bytes_by_action(decisions[n])[Action.SWAP] for n in others if n in decisions
+    )
+    for n in sorted(whole, key=lambda n: -sizes[n]):
+        if sizes[n] <= room_bytes:
+            decisions[n] = Action.SWAP
+            room_bytes -= sizes[n]
+    return decisions
 
 
 def greedy(problem: Problem) -> Decisions:
@@ -103,30 +123,33 @@ def greedy(problem: Problem) -> Decisions:
         program, choices = problem.step.program_of(block), problem.choices_of(block)
         made_by: dict[int | None, list[int]] = {}
         for position, index in enumerate(program.saved):
-            if draft.actions[block][position] is Action.RECOMPUTE and Action.KEEP in choices.actions[position]:
+            if draft.chosen[block][position] is Action.RECOMPUTE and Action.KEEP in choices.actions[position]:
                 made_by.setdefault(program.values[index].producer, []).append(position)
         for positions in made_by.values():
             seconds = sum(program.ops[op].seconds for op in choices.chains[positions[0]])
             size = sum(program.values[program.saved[position]].size_bytes for position in positions)
             wishes.append((-seconds / max(1, size), block, frozenset(positions)))
     for _, block, kept in sorted(wishes, key=lambda wish: (wish[0], wish[1], min(wish[2]))):
-        actions = tuple(Action.KEEP if n in kept else action for n, action in enumerate(draft.actions[block]))
-        draft.improve_by({block: actions})
+        chosen = tuple(Action.KEEP if n in kept else other for n, other in enumerate(draft.chosen[block]))
+        draft.improve_by({block: chosen})
     return draft.decisions
 
 
-def _by_rule(problem: Problem, wish: Callable[[int, int], Action]) -> Decisions:
-    """Ask ``wish(block, position of the saved value)`` everywhere and fall back to what is allowed."""
+def _by_rule(problem: Problem, wish: Callable[[int, int], Decision]) -> Decisions:
+    """Ask ``wish(block, position of the saved value)`` everywhere; where an action is not allowed, fall back."""
     decisions = []
     for block in problem.order:
         program, choices = problem.step.program_of(block), problem.choices_of(block)
-        actions = []
+        chosen: list[Decision] = []
         for position, index in enumerate(program.saved):
             wanted = wish(block, position)
+            if isinstance(wanted, Split):
+                chosen.append(wanted)
+                continue
             if wanted is Action.RECOMPUTE and program.values[index].producer is None:
                 wanted = Action.KEEP
-            actions.append(next(a for a in _FALLBACKS[wanted] if a in choices.actions[position]))
-        decisions.append(tuple(actions))
+            chosen.append(next(a for a in _FALLBACKS[wanted] if a in choices.actions[position]))
+        decisions.append(tuple(chosen))
     return tuple(decisions)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 
 from stowplan.core.errors import InvalidArgument
 from stowplan.core.hardware import Hardware
-from stowplan.core.plan import Decisions
-from stowplan.core.program import Action, BlockProgram, StepProgram
+from stowplan.core.program import Action, BlockProgram, Decision, Decisions, Split, StepProgram, Value
 
 __all__ = ["Problem", "ProgramChoices"]
 
@@ -21,11 +22,36 @@ class ProgramChoices:
     unsaved inputs. A saved input ends the chain: it is on the device, or is recomputed and brings its own chain. The
     ops that run under any decisions are therefore the union of the chains of the recomputed values. A value whose
     chain has an op that may not be replayed, or which no op makes, has lost RECOMPUTE in ``actions``.
+
+    ``num_rows`` is 0 for a value whose rows cannot do different things; ``splits`` are the numbers of first rows that
+    may be recomputed alone. ``whole`` is the number of parts of which every value's rows are a multiple: what ops make
+    again is counted in them.
     """
 
     actions: tuple[tuple[Action, ...], ...]
     chains: tuple[tuple[int, ...], ...]
     obstacles: tuple[str, ...]  # why RECOMPUTE is impossible; empty where it is possible
+    num_rows: tuple[int, ...]
+    splits: tuple[tuple[int, ...], ...]
+    whole: int
+
+    def obstacle_to(self, position: int, decision: Decision) -> str:
+        """Why saved value number ``position`` cannot do ``decision``; empty if it can."""
+        actions, num_rows = self.actions[position], self.num_rows[position]
+        if not isinstance(decision, Split):
+            if decision in actions:
+                return ""
+            obstacle = self.obstacles[position] if decision is Action.RECOMPUTE else ""
+            return obstacle or "it is not among its actions"
+        if not num_rows:
+            return "its rows may not be divided"
+        kept = num_rows - decision.recomputed - decision.swapped
+        parts = {Action.RECOMPUTE: decision.recomputed, Action.SWAP: decision.swapped, Action.KEEP: kept}
+        if min(parts.values()) < 0 or max(parts.values()) == num_rows:
+            return f"its {num_rows} rows must do different things"
+        if decision.recomputed and decision.recomputed not in self.splits[position]:
+            return f"its first rows may be recomputed alone where they are {list(self.splits[position])}"
+        return next((f"it may not {action}" for action, rows in parts.items() if rows and action not in actions), "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +103,20 @@ class Problem:
         return self.choices[self.step.blocks[block]]
 
     @cached_property
+    def by_rows(self) -> bool:
+        """May the rows of any value do different things?"""
+        return any(num_rows for choices in self.choices for num_rows in choices.num_rows)
+
+    @cached_property
+    def undivided(self) -> Problem:
+        """The same problem for whole values."""
+        programs = tuple(
+            replace(program, values=tuple(replace(value, num_rows=0, splits=()) for value in program.values))
+            for program in self.step.programs
+        )
+        return replace(self, step=replace(self.step, programs=programs))
+
+    @cached_property
     def programs(self) -> tuple[BlockProgram, ...]:
         """The program of each block, in execution order."""
         return tuple(self.step.program_of(block) for block in self.order)
@@ -111,20 +151,20 @@ class Problem:
             program, choices = self.step.program_of(block), self.choices_of(block)
             where = f"block {self.step.block_names[block]!r}"
             if len(chosen) != len(program.saved):
-                raise InvalidArgument(f"{where}: {len(chosen)} actions for {len(program.saved)} saved values.")
-            for position, action in enumerate(chosen):
-                if action not in choices.actions[position]:
+                raise InvalidArgument(f"{where}: {len(chosen)} decisions for {len(program.saved)} saved values.")
+            for position, decision in enumerate(chosen):
+                reason = choices.obstacle_to(position, decision)
+                if reason:
                     value = program.values[program.saved[position]]
-                    reason = choices.obstacles[position] if action in value.actions else "it is not among its actions"
                     allowed = ", ".join(choices.actions[position])
                     raise InvalidArgument(
-                        f"{where}: {action} is impossible for {value.name!r}: {reason}; allowed: {allowed}."
+                        f"{where}: {decision} is impossible for {value.name!r}: {reason}; allowed: {allowed}."
                     )
 
 
 def _choices_of(program: BlockProgram) -> ProgramChoices:
     """Chains of all saved values, and their actions without the impossible recomputations."""
-    actions, chains, obstacles = [], [], []
+    actions, chains, obstacles, rows, splits = [], [], [], [], []
     for index in program.saved:
         value = program.values[index]
         chain = _chain_of(program, index)
@@ -138,8 +178,24 @@ def _choices_of(program: BlockProgram) -> ProgramChoices:
             )
         actions.append(possible)
         chains.append(chain)
-        obstacles.append(obstacle)
-    return ProgramChoices(tuple(actions), tuple(chains), tuple(obstacles))
+        obstacles.append(obstacle if Action.RECOMPUTE in value.actions else "")
+        _check_rows(program, value)
+        first_rows = value.splits if Action.RECOMPUTE in possible and len(possible) > 1 else ()
+        rows.append(value.num_rows if first_rows or {Action.KEEP, Action.SWAP} <= set(possible) else 0)
+        splits.append(first_rows)
+    whole = math.lcm(*(num_rows for num_rows in rows if num_rows))
+    return ProgramChoices(tuple(actions), tuple(chains), tuple(obstacles), tuple(rows), tuple(splits), whole)
+
+
+def _check_rows(program: BlockProgram, value: Value) -> None:
+    """Rows are equal stretches of the value, and splits numbers of them in order."""
+    rows, splits = value.num_rows, value.splits
+    ascending = all(before < after for before, after in pairwise((0, *splits, rows)))
+    if rows and (rows < 0 or value.size_bytes % rows or not ascending):
+        raise InvalidArgument(
+            f"program {program.name!r}: value {value.name!r} of {value.size_bytes} bytes has num_rows={rows} and "
+            f"splits={splits}; rows must divide its bytes, and splits ascend between 1 and {rows - 1}."
+        )
 
 
 def _chain_of(program: BlockProgram, index: int) -> tuple[int, ...]:

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stowplan.core.errors import SolverFailed
-from stowplan.core.plan import Decisions
-from stowplan.core.program import Action
+from stowplan.core.program import Action, Decisions
 from stowplan.planner.activations.model import (
     Cell,
     Scale,
@@ -17,6 +16,7 @@ from stowplan.planner.activations.model import (
     add_time_rows,
 )
 from stowplan.planner.activations.problem import Problem
+from stowplan.planner.activations.rounding import Fractions, decide
 from stowplan.planner.activations.rows import Answer, Rows
 
 __all__ = ["Found", "Relaxation", "least_memory", "least_seconds", "relax"]
@@ -31,12 +31,15 @@ class Relaxation:
     """``bound_seconds``: no plan is faster. ``fractions[block][n]``: how much of saved value n it keeps and swaps."""
 
     bound_seconds: float
-    fractions: tuple[tuple[tuple[float, float], ...], ...]
+    fractions: Fractions
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Decisions that a solver gave, and whether it proved them best (for the groups that it was given)."""
+    """Decisions that a solver gave, and whether it proved them best (for the groups that it was given).
+
+    Rows are rounded: decisions of a problem that divides them are proved nothing.
+    """
 
     decisions: Decisions
     proven: bool
@@ -47,8 +50,8 @@ def relax(
 ) -> Relaxation | None:
     """A lower bound by LP; None if even that fits no budget. Raises SolverFailed if it is not solved in time.
 
-    With ``token_rows`` no plan that splits values into rows is faster either. Without, the bound holds for whole
-    values only and is the higher for it: attention costs its share, and replays have their bytes.
+    With ``token_rows`` the rows of all values are divided at will. Without, the bound is for what the problem allows
+    and is the higher for it: attention that runs whole costs its share, and replays have their bytes.
 
     Note: the average is a relaxation. Blocks are not made equal here. Every block has bytes and seconds of its own;
     only their sums over a group must be those of that many copies of one feasible block. The set of feasible blocks is
@@ -134,19 +137,21 @@ def _shared_cells(rows: Rows, problem: Problem, groups: Groups, scale: Scale) ->
 def _found(problem: Problem, cells: Sequence[Cell], answer: Answer) -> Found | None:
     if not answer.usable:
         return None
-    decisions = []
+    fractions = []
     for block, cell in enumerate(cells):
-        allowed = problem.choices_of(block).actions
-        decisions.append(
+        choices = problem.choices_of(block)
+        values = [(float(kept.value()), float(swapped.value())) for kept, swapped in cell.actions]
+        fractions.append(
             tuple(
-                _nearest(allowed[position], float(kept.value()), float(swapped.value()))
-                for position, (kept, swapped) in enumerate(cell.actions)
+                parts if num_rows else _nearest(allowed, *parts)
+                for parts, allowed, num_rows in zip(values, choices.actions, choices.num_rows, strict=True)
             )
         )
-    return Found(decisions=tuple(decisions), proven=answer.optimal)
+    return Found(decisions=decide(problem, tuple(fractions)), proven=answer.optimal and not problem.by_rows)
 
 
-def _nearest(allowed: Sequence[Action], kept: float, swapped: float) -> Action:
-    """The allowed action with the largest part."""
+def _nearest(allowed: Sequence[Action], kept: float, swapped: float) -> tuple[float, float]:
+    """All of the value for the allowed action with the largest part."""
     parts = {Action.KEEP: kept, Action.SWAP: swapped, Action.RECOMPUTE: 1 - kept - swapped}
-    return max(allowed, key=lambda action: parts[action])
+    most = max(allowed, key=lambda action: parts[action])
+    return float(most is Action.KEEP), float(most is Action.SWAP)

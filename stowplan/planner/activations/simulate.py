@@ -7,12 +7,14 @@ demand, walks them, and lets three queues (compute, copies out, copies in) race.
 from __future__ import annotations
 
 import heapq
+import math
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 
-from stowplan.core.plan import Decisions, MomentBytes, Prediction
-from stowplan.core.program import Action, BlockProgram, Phase
+from stowplan.core.plan import MomentBytes, Prediction
+from stowplan.core.program import Action, BlockDecisions, BlockProgram, Decisions, Phase, Split
 from stowplan.planner.activations.problem import Problem
 
 __all__ = ["simulate"]
@@ -42,8 +44,10 @@ class _Block:
     kept: int = 0
     lingering: int = 0
     swapped: int = 0
+    staged: int = 0
     recomputed: int = 0
     replay_seconds: float = 0.0
+    forward_peak: int = 0
     backward_peak: int = 0
 
 
@@ -78,7 +82,7 @@ class _Memory:
 def simulate(problem: Problem, decisions: Decisions) -> Prediction:
     """Time and bytes of one step under ``decisions``. Raises InvalidArgument for decisions that are not possible."""
     problem.check(decisions)
-    blocks = [_walk(problem, block, actions) for block, actions in enumerate(decisions)]
+    blocks = [_walk(problem, block, chosen) for block, chosen in enumerate(decisions)]
     memory = _Memory(static=problem.step.static_bytes)
     tasks = _forward_tasks(problem, blocks, memory) + _backward_tasks(problem, blocks, memory)
     seconds = _run(tasks)
@@ -98,68 +102,87 @@ def simulate(problem: Problem, decisions: Decisions) -> Prediction:
     )
 
 
-def _walk(problem: Problem, number: int, actions: tuple[Action, ...]) -> _Block:
-    """Sort the saved values of a block by action and replay what is recomputed."""
+def _walk(problem: Problem, number: int, chosen: BlockDecisions) -> _Block:
+    """Sort the saved values of a block, and the rows of split ones, and replay what is recomputed."""
     program = problem.step.program_of(number)
     block = _Block(program=program, name=problem.step.call_names[number])
     block.kept, block.lingering = program.held_bytes, program.lingering_bytes
-    present, wanted = set(), []
-    for index, action in zip(program.saved, actions, strict=True):
-        size = program.values[index].size_bytes
-        match action:
+    buffers, wanted, copies = set(), {}, 0
+    for index, decision in zip(program.saved, chosen, strict=True):
+        value = program.values[index]
+        match decision:
             case Action.KEEP:
-                block.kept += size
+                parts = (0, 0, value.size_bytes)
             case Action.SWAP:
-                block.swapped += size
+                parts = (0, value.size_bytes, 0)
             case Action.RECOMPUTE:
-                block.recomputed += size
-        if action is Action.RECOMPUTE:
-            wanted.append(index)
+                parts = (value.size_bytes, 0, 0)
+            case Split(recomputed=first, swapped=following):
+                ends = (0, first, first + following, value.num_rows)
+                edges = [value.size_bytes * row // value.num_rows for row in ends]
+                parts = (edges[1], edges[2] - edges[1], edges[3] - edges[2])
+                copies += parts[2]
+        recomputed, swapped, kept = parts
+        block.recomputed += recomputed
+        block.swapped += swapped
+        block.kept += kept
+        if decision is Action.SWAP or (isinstance(decision, Split) and decision.swapped):
+            block.staged += value.size_bytes  # the copy reads from all of it, and comes back into a whole buffer
+        if decision is Action.RECOMPUTE:
+            wanted[index] = Fraction(1)
         else:
-            present.add(index)
-        if program.values[index].lingers and action is not Action.KEEP:
-            block.lingering += size
+            buffers.add(index)
+            if isinstance(decision, Split) and decision.recomputed:
+                wanted[index] = Fraction(decision.recomputed, value.num_rows)
+        if value.lingers and decision is not Action.KEEP:
+            block.lingering += value.size_bytes
+    block.forward_peak = max(program.forward_peak_bytes, program.forward_end_bytes + copies)
+    there = program.held_bytes + sum(program.values[value].size_bytes for value in buffers)
+    peak, block.replay_seconds, held = _replay(program, buffers, wanted)
+    block.kept += held
+    joining = there + held + copies if copies else 0
     block.backward_peak = program.backward_peak_bytes
-    if wanted:
-        peak, block.replay_seconds, held = _replay(program, present, wanted)
-        block.kept += held
-        block.backward_peak = max(block.backward_peak, program.output_gradient_bytes + peak)
+    if wanted or copies:
+        block.backward_peak = max(block.backward_peak, program.output_gradient_bytes + max(peak, joining))
     return block
 
 
-def _replay(program: BlockProgram, present: set[int], wanted: list[int]) -> tuple[int, float, int]:
-    """Make ``wanted`` from ``present`` values and block inputs.
+def _replay(program: BlockProgram, present: set[int], wanted: Mapping[int, Fraction]) -> tuple[int, float, int]:
+    """Make the first share of ``wanted`` values' rows from ``present`` ones and block inputs.
 
-    Returns peak bytes above the block's entry, seconds, and the bytes of inputs held for it that nothing saves.
+    Rows of a value that is present too go into its buffer at once. Returns peak bytes above the block's entry, seconds,
+    and the bytes of inputs held for it that nothing saves.
     """
-    demanded: set[int] = set()
-    stack = list(wanted)
+    demanded: dict[int, Fraction] = {}
+    stack = list(wanted.items())
     while stack:
-        maker = program.values[stack.pop()].producer
-        if maker is None or maker in demanded:
+        value, share = stack.pop()
+        maker = program.values[value].producer
+        if maker is None or demanded.get(maker, Fraction(0)) >= share:
             continue
-        demanded.add(maker)
-        stack += [i for i in program.ops[maker].inputs if i not in present]
+        demanded[maker] = share
+        stack += [(i, share) for i in program.ops[maker].inputs if i not in present]
     uses_left: dict[int, int] = {}
     for number in demanded:
         for value in set(program.ops[number].inputs) - present:
             uses_left[value] = uses_left.get(value, 0) + 1
-    for value in wanted:
+    for value in wanted.keys() - present:
         uses_left[value] = uses_left.get(value, 0) + 1  # the backward pass reads it: never freed here
     given = [value for value in uses_left if program.values[value].producer is None]
     held = sum(program.values[value].size_bytes for value in given)
     fixed = program.held_bytes + held + sum(program.values[value].size_bytes for value in present)
-    made: set[int] = set()
+    made: dict[int, int] = {}
     peak, seconds = fixed, 0.0
     for number, op in enumerate(program.ops):
         if number not in demanded:
             continue
-        made.update(op.outputs)
-        live = fixed + sum(program.values[value].size_bytes for value in made)
-        peak, seconds = max(peak, live + op.workspace_bytes), seconds + op.seconds
+        share = demanded[number]
+        made.update((value, math.ceil(program.values[value].size_bytes * share)) for value in op.outputs)
+        peak = max(peak, fixed + sum(made.values()) + op.workspace_bytes)
+        seconds += op.seconds * float(share**2 if op.causal_attention else share)
         for value in set(op.inputs) - present:
             uses_left[value] -= 1
-        made = {value for value in made if uses_left.get(value, 0) > 0}
+        made = {value: size for value, size in made.items() if uses_left.get(value, 0) > 0}
     return peak, seconds, held
 
 
@@ -182,12 +205,12 @@ def _forward_tasks(problem: Problem, blocks: list[_Block], memory: _Memory) -> l
 
         def begin(now: float, number: int = number, block: _Block = block) -> None:
             memory.staged.pop(number - window, None)  # it waited for that copy
-            memory.note(f"forward of {block.name}", now, block.program.forward_peak_bytes)
+            memory.note(f"forward of {block.name}", now, block.forward_peak)
 
         def end(number: int = number, block: _Block = block) -> None:
             memory.kept[number], memory.lingering[number] = block.kept, block.lingering
             if overlapped:
-                memory.staged[number] = block.swapped
+                memory.staged[number] = block.staged
 
         def copied(block: _Block = block) -> None:
             memory.host += block.swapped
@@ -249,7 +272,7 @@ def _backward_tasks(problem: Problem, blocks: list[_Block], memory: _Memory) -> 
             memory.staged.pop(number, None)
             ahead = number - window + 1
             if overlapped and 0 <= ahead < number:  # its copy may come from now on
-                memory.staged[ahead] = blocks[ahead].swapped
+                memory.staged[ahead] = blocks[ahead].staged
             memory.note(f"backward of {block.name}", now, block.backward_peak)
 
         def end(block: _Block = block) -> None:
@@ -268,7 +291,7 @@ def _backward_tasks(problem: Problem, blocks: list[_Block], memory: _Memory) -> 
         for gap in step.gaps:
             if gap.block == number:
                 coming = number - window if overlapped else -1  # the copy that may come when this backward is over
-                staged = {coming: blocks[coming].swapped} if coming >= 0 else {}
+                staged = {coming: blocks[coming].staged} if coming >= 0 else {}
                 tasks.append(_gap_task("backward", gap.backward, number, block, memory, staged))
     tasks.append(_Task(("embedding backward", 0), COMPUTE, step.embedding_backward.seconds, begin=embedding))
     tasks.append(_Task(("optimizer step", 0), COMPUTE, step.optimizer_step.seconds, begin=optimizer))

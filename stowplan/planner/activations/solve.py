@@ -1,8 +1,9 @@
 """Plan the activations of one step: bound, solver, search, check.
 
 Every way to decisions is a candidate — the baselines, the least-memory solution, the relaxation rounded block by
-block, the solver's answer, each improved by search — and the fastest that fits by simulation is the plan. No single
-one has to succeed for a plan to be good: the gap to the bound says how good it is.
+block, the solver's answer, each improved by search, with rows divided where they may be and without — and the fastest
+that fits by simulation is the plan. No single one has to succeed for a plan to be good: the gap to the bound says how
+good it is.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from stowplan.core.errors import InfeasibleBudget, SolverFailed
 from stowplan.core.hardware import Hardware
-from stowplan.core.plan import Baseline, Decisions, Prediction, Solution
-from stowplan.core.program import Action, StepProgram
+from stowplan.core.plan import Baseline, Prediction, Solution
+from stowplan.core.program import Action, Decisions, Split, StepProgram
 from stowplan.core.units import format_seconds
 from stowplan.planner.activations.advice import advise
 from stowplan.planner.activations.draft import Draft
@@ -22,9 +24,13 @@ from stowplan.planner.activations.groups import group_blocks
 from stowplan.planner.activations.least import find_least_budget
 from stowplan.planner.activations.policies import POLICIES
 from stowplan.planner.activations.problem import Problem
-from stowplan.planner.activations.search import dither, improve
+from stowplan.planner.activations.rounding import decide
+from stowplan.planner.activations.search import improve
 from stowplan.planner.activations.simulate import simulate
 from stowplan.planner.activations.verify import fits, verify
+
+if TYPE_CHECKING:
+    from stowplan.planner.activations.programs import Relaxation
 
 __all__ = ["ActivationPlan", "solve"]
 
@@ -32,6 +38,7 @@ MOST_SINGLE_BLOCKS = 12  # up to here every block decides alone in the solver: i
 MOST_GROUPS = 8
 _LEAST_SHARE, _ROUNDING_SHARE, _SOLVER_SHARE = 0.1, 0.3, 0.35  # of the time limit; the rest is for the last search
 _SEARCH_END = 0.95  # of the time limit: what follows is the check
+_ROWS_SHARE = 0.6  # of the time that is left goes to plans with rows where there are such; the rest to whole values
 _SEARCH_GAP = 0.1  # of the gap asked for: where search stops, because on the way there it is cheap
 
 
@@ -79,7 +86,7 @@ def solve(
     unplanned = baselines[list(named).index("keep all")]
     least = find_least_budget(problem, named.values(), solver, _LEAST_SHARE * time_limit_seconds, MOST_SINGLE_BLOCKS)
     tell(f"least budget {least.num_bytes} bytes{'' if least.proven else ' or less'}")
-    all_kept = all(action is Action.KEEP for actions in named["keep all"] for action in actions)
+    all_kept = all(decision is Action.KEEP for chosen in named["keep all"] for decision in chosen)
     declined = all_kept and unplanned.fits
     if declined:
         decisions = named["keep all"]
@@ -127,48 +134,76 @@ class _Search:
 
     def run(self) -> tuple[Decisions, float, str]:
         """(fastest decisions that fit, bound in seconds, proof)."""
-        from stowplan.planner.activations.programs import least_seconds, relax
-
         problem = self.problem
+        bound = self._bound(problem, token_rows=True)
+        self.tell(f"no plan is faster than {format_seconds(bound.bound_seconds)}")
+        best, reachable_seconds, proven = self._decide(problem, self.known, _ROWS_SHARE if problem.by_rows else 1.0)
+        if problem.by_rows and best.seconds > self._goal(reachable_seconds):
+            whole = problem.undivided
+            known = [decisions for decisions in self.known if not _divides(decisions)]
+            known.append(POLICIES["memo"](whole))
+            other, _, _ = self._decide(whole, known, 1.0)
+            best = _fastest([best, Draft(problem, other.decisions)])
+            improve(best, self._after(1.0), self._goal(reachable_seconds))
+        within = best.seconds <= max(bound.bound_seconds, reachable_seconds) * (1 + self.gap)
+        proof = "optimal" if proven else "within gap" if within else "time limit"
+        return best.decisions, bound.bound_seconds, proof
+
+    def _decide(self, problem: Problem, known: list[Decisions], share: float) -> tuple[Draft, float, bool]:
+        """(the fastest draft found in ``share`` of the time left, a bound for such plans, is that proved best)."""
+        from stowplan.planner.activations.programs import least_seconds
+
+        deadline = self._after(share)
         groups = group_blocks(problem, MOST_SINGLE_BLOCKS)
-        split = relax(problem, groups, self.solver, self.time_limit_seconds)
-        whole = relax(problem, groups, self.solver, self.time_limit_seconds, token_rows=False)
-        if split is None or whole is None:
-            raise SolverFailed(
-                f"{self.solver} calls the relaxation of a feasible problem infeasible; try another solver."
-            )
-        bound = split.bound_seconds
-        best_whole = max(bound, whole.bound_seconds)
-        self.tell(
-            f"no plan is faster than {format_seconds(bound)}, none of whole values than {format_seconds(best_whole)}"
-        )
-        goal = best_whole * (1 + self.gap * _SEARCH_GAP)
-        rounded = Draft(problem, dither(problem, whole.fractions))
-        improve(rounded, self._after(_ROUNDING_SHARE), goal)
-        drafts = [*(Draft(problem, decisions) for decisions in self.known), rounded]
+        reachable = self._bound(problem, token_rows=False)
+        kind = "with rows divided" if problem.by_rows else "of whole values"
+        self.tell(f"none {kind} is faster than {format_seconds(reachable.bound_seconds)}")
+        goal = self._goal(reachable.bound_seconds)
+        rounded = Draft(problem, decide(problem, reachable.fractions))
+        improve(rounded, self._after(_ROUNDING_SHARE, deadline), goal)
+        drafts = [*(Draft(problem, decisions) for decisions in known), rounded]
         best = _fastest(drafts)
         proven = False
         alone = all(len(group) == 1 for group in groups)
-        if best.seconds > goal or alone:
+        if best.excess_bytes or best.seconds > goal or alone:
             if not alone:
                 groups = group_blocks(problem, MOST_GROUPS)
-            limit = min(_SOLVER_SHARE * self.time_limit_seconds, self._left())
+            limit = min(_SOLVER_SHARE * self.time_limit_seconds * share, max(0.1, deadline - time.monotonic()))
             found = least_seconds(problem, groups, self.solver, limit, self.gap)
             proven = alone and found is not None and found.proven
             if found is not None:
                 drafts.append(Draft(problem, found.decisions))
-            improve(drafts[-1], self._after(1.0), goal)
+            improve(drafts[-1], deadline, goal)
             best = _fastest(drafts)
-            improve(best, self._after(1.0), goal)
-        within = best.seconds <= best_whole * (1 + self.gap)
-        return best.decisions, bound, "optimal" if proven else "within gap" if within else "time limit"
+            improve(best, deadline, goal)
+        return best, reachable.bound_seconds, proven
+
+    def _bound(self, problem: Problem, *, token_rows: bool) -> Relaxation:
+        from stowplan.planner.activations.programs import relax
+
+        groups = group_blocks(problem, MOST_SINGLE_BLOCKS)
+        found = relax(problem, groups, self.solver, self.time_limit_seconds, token_rows=token_rows)
+        if found is None:
+            raise SolverFailed(
+                f"{self.solver} calls the relaxation of a feasible problem infeasible; try another solver."
+            )
+        return found
+
+    def _goal(self, bound_seconds: float) -> float:
+        """Where search stops."""
+        return bound_seconds * (1 + self.gap * _SEARCH_GAP)
 
     def _left(self) -> float:
         return max(0.1, self.began + _SEARCH_END * self.time_limit_seconds - time.monotonic())
 
-    def _after(self, share: float) -> float:
-        """The moment when ``share`` of the time that is left now has passed."""
-        return time.monotonic() + share * self._left()
+    def _after(self, share: float, until: float | None = None) -> float:
+        """The moment when ``share`` of the time that is left now (until ``until``, or the end) has passed."""
+        left = self._left() if until is None else max(0.1, until - time.monotonic())
+        return time.monotonic() + share * left
+
+
+def _divides(decisions: Decisions) -> bool:
+    return any(isinstance(decision, Split) for chosen in decisions for decision in chosen)
 
 
 def _fastest(drafts: list[Draft]) -> Draft:

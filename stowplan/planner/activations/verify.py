@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from stowplan.core.errors import PlanRejected
-from stowplan.core.plan import Decisions, Prediction
+from stowplan.core.plan import Prediction
+from stowplan.core.program import Decisions
 from stowplan.planner.activations.evaluate import Evaluation, evaluate
 from stowplan.planner.activations.problem import Problem
 from stowplan.planner.activations.simulate import simulate
