@@ -104,6 +104,12 @@ def plan_command(
     dry: Annotated[
         bool, typer.Option("--dry", help="Do not run the model: build it without memory, count fake tensors.")
     ] = False,
+    inexact: Annotated[
+        bool, typer.Option("--inexact", help="Allow rows recomputed alone to differ by rounding; losses may, too.")
+    ] = False,
+    tolerance: Annotated[
+        float | None, typer.Option(metavar="FRACTION", help="By how much, with --inexact.  [default: by dtype]")
+    ] = None,
     blocks: Annotated[
         str | None, typer.Option(metavar="DOTTED.NAME", help="The module list that holds the blocks, if not found.")
     ] = None,
@@ -117,6 +123,8 @@ def plan_command(
     """Plan one training step of a model within a memory budget, and report on the plan."""
     with _told_errors():
         _refuse_missing_directory(out)
+        if tolerance is not None and not inexact:
+            raise InvalidArgument("--tolerance goes with --inexact.")
         device_bytes, host_bytes = _size(budget, "--budget"), _size(host_budget, "--host-budget")
         machine = _hardware(hardware)
         _say("making the model")
@@ -133,6 +141,8 @@ def plan_command(
                 host_budget=host_bytes,
                 optimizer=job.optimizer,
                 hardware=machine,
+                exact=not inexact,
+                tolerance=tolerance,
                 blocks=blocks,
                 solver=solver,
                 time_limit_seconds=time_limit,

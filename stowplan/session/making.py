@@ -18,6 +18,7 @@ from stowplan.offload.blocks import Blocks, find_blocks
 from stowplan.offload.calibrate import RESERVE_BYTES, device_budget_bytes, host_budget_bytes
 from stowplan.offload.capture.instruments import Instruments
 from stowplan.offload.capture.step import capture
+from stowplan.offload.tape.proof import DEFAULT_TOLERANCES, Tolerance
 from stowplan.session.batches import describe
 
 __all__ = [
@@ -51,6 +52,22 @@ class Options(NamedTuple):
     hold_gradients: bool = False
     hold_output: bool = True
     on_progress: Callable[[str], None] = lambda message: None
+    exact: bool = True
+    tolerance: float | None = None
+
+    @property
+    def rounding(self) -> Tolerance | None:
+        """What rows that are recomputed alone may differ by; None: by no bit.
+
+        Raises InvalidArgument for a tolerance that is no small positive number, or goes with an exact plan.
+        """
+        if self.exact:
+            if self.tolerance is not None:
+                raise InvalidArgument(f"tolerance={self.tolerance!r} goes with exact=False; an exact plan needs none.")
+            return None
+        if self.tolerance is not None and not 0 < self.tolerance < 1:
+            raise InvalidArgument(f"tolerance={self.tolerance!r} is not between 0 and 1; 1e-5 suits float32.")
+        return Tolerance(self.tolerance)
 
 
 def make_plan(
@@ -81,6 +98,7 @@ def make_plan(
         instruments=instruments,
         hold_gradients=options.hold_gradients,
         hold_output=options.hold_output,
+        tolerance=options.rounding,
         on_progress=options.on_progress,
     )
     options.on_progress("solving")
@@ -93,6 +111,7 @@ def make_plan(
         time_limit_seconds=options.time_limit_seconds,
         on_progress=options.on_progress,
     )
+    rounding = _rounding(options.rounding) if options.rounding is not None else ()
     reserve = (f"of the free memory {format_bytes(RESERVE_BYTES)} are left alone",) if options.budget == "auto" else ()
     return Plan(
         model=type(model).__name__,
@@ -108,7 +127,9 @@ def make_plan(
         least_budget_bytes=answer.least_budget_bytes,
         baselines=answer.baselines,
         declined=answer.declined,
-        assumptions=(*captured.assumptions, *_standing_assumptions(device), *reserve),
+        assumptions=(*captured.assumptions, *_standing_assumptions(device), *rounding, *reserve),
+        exact=options.exact,
+        tolerance=options.tolerance,
         versions=_versions(),
     )
 
@@ -125,6 +146,17 @@ def _standing_assumptions(device: torch.device) -> Iterator[str]:
     yield "copies to and from the host stop compute: they are not overlapped yet"
     if device.type == "cpu":
         yield "the CPU stands in for a device: host bytes are taken from the system beside its allocator"
+
+
+def _rounding(tolerance: Tolerance) -> Iterator[str]:
+    if tolerance.relative is not None:
+        allowed = f"{tolerance.relative:g}"
+    else:
+        allowed = f"{DEFAULT_TOLERANCES[torch.float32]:g} (16-bit numbers: {DEFAULT_TOLERANCES[torch.bfloat16]:g})"
+    yield (
+        f"losses are not bitwise those of the plain run: rows that are recomputed alone may differ from those of the "
+        f"whole by {allowed} of the value's largest number"
+    )
 
 
 class Batch:

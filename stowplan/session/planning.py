@@ -36,6 +36,8 @@ def plan(
     hold_gradients: bool = False,
     hold_output: bool = True,
     dry: bool | None = None,
+    exact: bool = True,
+    tolerance: float | None = None,
     on_progress: Callable[[str], None] | None = None,
 ) -> Plan:
     """Decide what each block of ``model`` keeps, swaps and recomputes, for the least step time within the budgets.
@@ -60,6 +62,10 @@ def plan(
             ``output = model(batch)``; False for loops that keep the loss alone.
         dry: capture without running the model. Default: where it cannot run, because it was built without data
             (``stowplan.dry()``, the meta device) or ``hardware`` is another kind of device than the model is on.
+        exact: losses and gradients equal the plain run's bit for bit. False allows rows of values to be recomputed
+            alone where they differ by no more than ``tolerance`` from those of the whole.
+        tolerance: that difference, relative to the value's largest number. Default: 1e-5 for float32, 1/128 for
+            bfloat16 and float16. With ``exact=False`` only.
         on_progress: called with a line of text as the work goes on.
 
     Raises:
@@ -72,8 +78,19 @@ def plan(
     machine = preset(hardware) if isinstance(hardware, str) else hardware
     elsewhere = machine is not None and machine.device_type != device.type
     options = Options(
-        budget, host_budget, optimizer, blocks, solver, time_limit_seconds, hold_gradients, hold_output, say
+        budget,
+        host_budget,
+        optimizer,
+        blocks,
+        solver,
+        time_limit_seconds,
+        hold_gradients,
+        hold_output,
+        say,
+        exact,
+        tolerance,
     )
+    _ = options.rounding  # a mistake is told before anything runs
     if dry or (dry is None and (elsewhere or is_fake(model))):
         return plan_dry(model, batch, loss_fn, machine, options)
     if elsewhere or is_fake(model):

@@ -47,6 +47,8 @@ def wrap(
     blocks: Blocks = None,
     hold_gradients: bool = False,
     hold_output: bool = True,
+    exact: bool = True,
+    tolerance: float | None = None,
     verify: str = "sample",
     strict: bool = False,
 ) -> Model:
@@ -73,7 +75,17 @@ def wrap(
     if applied(model) is not None or _wrapper_of(model) is not None:
         raise InvalidArgument("the model is wrapped, or has a plan applied to it, already; take that away first.")
     refuse_unsupported(model, find_blocks(model, blocks))
-    options = Options(budget, host_budget, optimizer, blocks, hold_gradients=hold_gradients, hold_output=hold_output)
+    options = Options(
+        budget,
+        host_budget,
+        optimizer,
+        blocks,
+        hold_gradients=hold_gradients,
+        hold_output=hold_output,
+        exact=exact,
+        tolerance=tolerance,
+    )
+    _ = options.rounding  # a mistake is told at once
     _Wrapper(model, loss_fn, options, verify, strict)
     return model
 

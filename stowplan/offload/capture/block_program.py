@@ -47,7 +47,7 @@ def single_assignment(
     absent = around.shared - around.loose
     allowed = allowed_actions(tape)
     num_rows = num_tokens(tape)
-    splits = splits_of(tape, row_wise(tape, num_rows), [v for v, a in allowed.items() if Action.RECOMPUTE not in a])
+    splits = splits_of(tape, row_wise(tape, num_rows), allowed)
     numbers: dict[tuple[int, int], int] = {}
     values: list[Value] = []
     for number, value in enumerate(tape.values):

@@ -290,17 +290,17 @@ def rows_at(
     return at
 
 
-def splits_of(tape: Tape, rules: Mapping[int, RowWise], fixed: Collection[int]) -> dict[int, tuple[int, ...]]:
-    """Numbers of first rows that each value can be made again by, alone: every op on its way is exact there.
+def splits_of(tape: Tape, rules: Mapping[int, RowWise], saved: Collection[int]) -> dict[int, tuple[int, ...]]:
+    """Numbers of first rows that each value can be made again by, alone: every op on its way does as much there.
 
-    A way ends at ``fixed`` values, which are whole whatever is recomputed, at arguments, and at ops that run whole.
+    A way ends at ``saved`` values, which are there in whole, and at what the block was given.
     """
     splits: dict[int, tuple[int, ...]] = {}
     for k, rule in sorted(rules.items()):
         points = set(tape.ops[k].splits)
-        for value in rule.cut:
-            if value in splits and value not in fixed:
-                points &= set(splits[value])
+        for value, _ in tape.ops[k].reads:
+            if tape.values[value].origin is Origin.MADE and value not in saved:
+                points &= set(splits.get(value, ())) if value in rule.cut else set()
         if points:
             splits |= {value: tuple(sorted(points)) for _, value in rule.makes}
     return splits
