@@ -262,7 +262,7 @@ def notes(error: BaseException) -> str:
 def failing_replay(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     with monkeypatch.context() as patch:
         patch.setattr(Run, "_source", fail)
-        patch.setattr("stowplan.offload.tape.run.HostCopy.fetch", fail)
+        patch.setattr("stowplan.offload.copies.PlainCopies.fetch", fail)
         yield patch
 
 

@@ -15,7 +15,8 @@ class Hardware:
     """One device and its link to the host.
 
     ``overlapped_copies`` says whether copies run beside compute (on streams of their own, through ``staging_blocks``
-    rounds of device buffers as in MEMO, arXiv 2407.12117, section 4.2) or stop it. Today's copy engine stops it.
+    rounds of device buffers as in MEMO, arXiv 2407.12117, section 4.2) or stop it. CUDA devices overlap; on the CPU,
+    where a copy takes a core and memory bandwidth from compute, copies stop it unless a description says otherwise.
     ``origin`` is "measured" or where the figures are from.
     """
 
@@ -43,6 +44,7 @@ PRESETS = {
         memory_bytes_per_second=3.35e12,
         to_host_bytes_per_second=50e9,
         to_device_bytes_per_second=50e9,
+        overlapped_copies=True,
         origin="data sheet",
         host_bytes=200 * GIB,
     ),
@@ -54,6 +56,7 @@ PRESETS = {
         memory_bytes_per_second=4.8e12,
         to_host_bytes_per_second=50e9,
         to_device_bytes_per_second=50e9,
+        overlapped_copies=True,
         origin="data sheet",
         host_bytes=200 * GIB,
     ),
@@ -65,6 +68,7 @@ PRESETS = {
         memory_bytes_per_second=2.04e12,
         to_host_bytes_per_second=25e9,
         to_device_bytes_per_second=25e9,
+        overlapped_copies=True,
         origin="data sheet",
         host_bytes=200 * GIB,
     ),

@@ -12,9 +12,9 @@ import torch
 from stowplan.core.errors import InvalidArgument, MissingDependency
 from stowplan.core.hardware import Hardware
 from stowplan.core.units import GIB, MIB
-from stowplan.offload.copies import PlainCopies
 from stowplan.offload.host_slab import HostSlab
 from stowplan.offload.memory_log import synchronize
+from stowplan.offload.storages import content_of
 
 __all__ = ["RESERVE_BYTES", "device_budget_bytes", "host_budget_bytes", "measure_hardware"]
 
@@ -28,20 +28,21 @@ _PROBE_WIDTH = 1024
 
 def measure_hardware(device: torch.device) -> Hardware:
     """Describe ``device`` by a few short probes (well under a second)."""
-    copies = PlainCopies(HostSlab(_PROBE_BYTES, pinned=device.type == "cuda"))
+    slab = HostSlab(_PROBE_BYTES, device if device.type == "cuda" else None)
+    host = slab.view(slab.take(_PROBE_BYTES))
     probe = torch.ones(_PROBE_BYTES // 4, device=device)
+    content = content_of(probe)
     square = torch.ones(_PROBE_WIDTH, _PROBE_WIDTH, device=device)
-    ticket = copies.to_host(probe)
-    to_device = _median_seconds(lambda: copies.to_device(ticket), device)
-    copies.release(ticket)
     return Hardware(
         name=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         device_type=device.type,
         device_bytes=_device_bytes(device),
         matmul_flops_per_second=2 * _PROBE_WIDTH**3 / _median_seconds(lambda: square @ square, device),
         memory_bytes_per_second=2 * _PROBE_BYTES / _median_seconds(lambda: probe.add_(1), device),
-        to_host_bytes_per_second=_PROBE_BYTES / _median_seconds(lambda: copies.release(copies.to_host(probe)), device),
-        to_device_bytes_per_second=_PROBE_BYTES / to_device,
+        to_host_bytes_per_second=_PROBE_BYTES / _median_seconds(lambda: host.copy_(content), device),
+        to_device_bytes_per_second=_PROBE_BYTES
+        / _median_seconds(lambda: torch.empty_like(content).copy_(host), device),
+        overlapped_copies=device.type == "cuda",
     )
 
 

@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_iter
 
 from stowplan.core.errors import PlanMismatch, ReplayMismatch
 from stowplan.core.program import Action
 from stowplan.offload.arguments import Numbers, flatten, signature
 from stowplan.offload.blocks import Block, refuse_unsupported
 from stowplan.offload.buffers import Buffers
-from stowplan.offload.copies import CopyEngine
+from stowplan.offload.copies import CopyEngine, Stop
 from stowplan.offload.intercept import Forward, Interception
 from stowplan.offload.recording import devices_of, parameter_of, record_call
 from stowplan.offload.refusals import refuse_hooks
@@ -71,14 +72,23 @@ class Engine:
         refuse_unsupported(model, blocks)
         self.counters = counters if counters is not None else Counters()
         self.checks = checks if checks is not None else Checks()
-        calls: dict[torch.nn.Module, list[Mapping[str, Action]]] = {}
-        for block, actions in zip(blocks, decisions, strict=True):
-            calls.setdefault(block.module, []).append(actions)
+        calls: dict[torch.nn.Module, list[int]] = {}
+        for place, block in enumerate(blocks):
+            calls.setdefault(block.module, []).append(place)
         names = {block.module: block.name for block in blocks}
+        passed = _passed(decisions, copies.window)
         self.blocks = [
-            PlannedBlock(Block(names[module], module), planned, copies, self.counters, self.checks, failure_note)
-            for module, planned in calls.items()
-            if any(action is not Action.KEEP for actions in planned for action in actions.values())
+            PlannedBlock(
+                Block(names[module], module),
+                [decisions[place] for place in places],
+                copies,
+                self.counters,
+                self.checks,
+                failure_note,
+                places,
+            )
+            for module, places in calls.items()
+            if any(place in passed or _does_something(decisions[place]) for place in places)
         ]
         self._repeated = [block for block in self.blocks if len(block.planned) > 1]
         self._interception = Interception(model, self._begin) if self._repeated else None
@@ -111,7 +121,8 @@ class PlannedBlock:
     A call of a new signature is recorded. Two recordings in a row must agree before calls follow the tape without being
     recorded: what only the first call does (filling a cache, say) is no part of the steady state.
 
-    ``planned`` has the decisions for each call in a forward pass. Calls beyond those begin with the first ones again.
+    ``planned`` has the decisions for each call in a forward pass, ``places`` their numbers among the calls of all blocks.
+    Calls beyond those begin with the first ones again.
     """
 
     def __init__(
@@ -122,10 +133,12 @@ class PlannedBlock:
         counters: Counters,
         checks: Checks,
         failure_note: str = "",
+        places: Sequence[int] = (),
     ) -> None:
         self.name, self.module = block
+        self.places = places or range(len(planned))
         self.planned = [dict(actions) for actions in planned]
-        self.untouched = {i for i, actions in enumerate(planned) if set(actions.values()) <= {Action.KEEP}}
+        self.untouched = {i for i, actions in enumerate(planned) if not _does_something(actions)}
         self.num_calls = 0  # since the forward pass began
         self.copies = copies
         self.counters = counters
@@ -150,24 +163,41 @@ class PlannedBlock:
         try:
             number = self.num_calls % len(self.planned)
             self.num_calls += 1
-            if number in self.untouched:
+            if number in self.untouched and not self.copies.window:
                 return forward(*args, **kwargs)
+            stop = self.copies.begin(self.places[number], self.name)
+            if number in self.untouched:
+                return self._pass_by(stop, forward(*args, **kwargs))
             refuse_hooks(self.name)
             self.checks.settle()
             leaves = flatten(args, kwargs)
             key = (number, *signature(leaves, kwargs, self.numbers.read()))
             if key not in self.courses:
-                return self._record(key, forward, args, kwargs)
+                return self._record(key, stop, forward, args, kwargs)
             course = self.courses[key]
             if course is None:
-                return forward(*args, **kwargs)
-            return self._follow(key, course, leaves, forward, args, kwargs)
+                return self._pass_by(stop, forward(*args, **kwargs))
+            return self._follow(key, stop, course, leaves, forward, args, kwargs)
         finally:
             self.at_work.release()
+
+    def _pass_by(self, stop: Stop, output: Any) -> Any:
+        """Have the blocks before one that keeps everything come back when its backward begins."""
+        if self.copies.window > 1:
+            node = next((t.grad_fn for t in tree_iter(output) if isinstance(t, torch.Tensor) and t.grad_fn), None)
+            if node is not None:
+                copies, counters = self.copies, self.counters
+
+                def turn(gradients: Any) -> None:
+                    counters.returned_bytes += copies.turn(stop)
+
+                node.register_prehook(turn)
+        return output
 
     def _follow(
         self,
         key: Signature,
+        stop: Stop,
         course: Course,
         leaves: list[Any],
         forward: Forward,
@@ -176,7 +206,7 @@ class PlannedBlock:
     ) -> Any:
         position = draw_position(self.devices)
         buffers = Buffers(self.module) if course.tape.writes_buffers else None
-        run = Run(self.name, self.copies, self.counters, self.checks)
+        run = Run(self.name, self.copies, self.counters, self.checks, stop)
         run.failure_note = self.failure_note
         run.follow(course, leaves, self._parameter_of, position)
         try:
@@ -192,14 +222,18 @@ class PlannedBlock:
             if buffers is not None:
                 buffers.restore()
             del self.courses[key]
-            return self._record(key, forward, args, kwargs)
+            return self._record(key, stop, forward, args, kwargs)
         self.counters.steady_calls += 1
         return output
 
-    def _record(self, key: Signature, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _record(
+        self, key: Signature, stop: Stop, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         if key not in self.num_recordings and len(self.num_recordings) >= _MAX_SIGNATURES * len(self.planned):
             self._forget_oldest()
-        recording = record_call(self.module, forward, args, kwargs, self.copies, self.counters, self.checks, self.name)
+        recording = record_call(
+            self.module, forward, args, kwargs, self.copies, self.counters, self.checks, self.name, stop=stop
+        )
         self.counters.recorded_calls += 1
         tape, run = recording.recorder.finish(), recording.run
         run.failure_note = self.failure_note
@@ -279,6 +313,16 @@ class PlannedBlock:
 
     def _parameter_of(self, name: str) -> torch.Tensor:
         return parameter_of(self.module, name)
+
+
+def _does_something(actions: Mapping[str, Action]) -> bool:
+    return any(action is not Action.KEEP for action in actions.values())
+
+
+def _passed(decisions: Sequence[Mapping[str, Action]], window: int) -> set[int]:
+    """The calls that come while a block's values are on their way: they are told of, even if they keep everything."""
+    swapping = [place for place, actions in enumerate(decisions) if Action.SWAP in actions.values()]
+    return {place + ahead for place in swapping for ahead in range(1, window + 1)}
 
 
 def _settle(checks: weakref.ref[Checks]) -> None:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from stowplan.core.units import format_bytes
+from stowplan.offload import numa
 
 __all__ = ["HostSlab", "Span"]
 
@@ -31,15 +32,15 @@ class HostSlab:
     """Host bytes, first fit, holes joined.
 
     The memory comes from the system, not from torch's CPU allocator: on a CPU-only machine it stands in for the
-    host and must not count as device memory. Pages are touched at first use. For a CUDA device it is page-locked.
-    What does not fit (more forward passes in flight than planned) gets a buffer of its own, with a warning.
+    host and must not count as device memory. Pages are touched at first use. For a CUDA ``device`` it is page-locked,
+    in memory that is near to the device where there is a choice. What does not fit (more forward passes in flight than planned) gets a buffer of its own, with a warning.
     """
 
-    def __init__(self, size_bytes: int, pinned: bool = False) -> None:
+    def __init__(self, size_bytes: int, device: torch.device | None = None) -> None:
         self.size_bytes = _aligned(max(size_bytes, _ALIGNMENT))
         self.overflow_bytes = 0
-        self._pinned = pinned
-        self._bytes = _host_bytes(self.size_bytes, pinned)
+        self._device = device
+        self._bytes = _host_bytes(self.size_bytes, device)
         self._holes = [Span(0, self.size_bytes)]
         # What was given back and is not joined to the holes yet. A value may be given back while the garbage collector
         # runs in the middle of ``take``, or by a thread of autograd: appending is all that ``give_back`` does.
@@ -72,7 +73,7 @@ class HostSlab:
                 stacklevel=2,
             )
         self.overflow_bytes += need
-        return Span(-1, size_bytes, _host_bytes(need, self._pinned))
+        return Span(-1, size_bytes, _host_bytes(need, self._device))
 
     def view(self, span: Span) -> torch.Tensor:
         """The span's bytes."""
@@ -98,13 +99,16 @@ class HostSlab:
             self._holes = joined
 
 
-def _host_bytes(size_bytes: int, pinned: bool) -> torch.Tensor:
-    """Memory from the system, page-locked on request.
+def _host_bytes(size_bytes: int, device: torch.device | None) -> torch.Tensor:
+    """Memory from the system; for a CUDA device on the device's node, and page-locked.
 
     Not by torch's ``pin_memory``: its allocator rounds up to a power of two and never gives anything back.
     """
     tensor = torch.frombuffer(mmap.mmap(-1, size_bytes), dtype=torch.uint8)
-    if pinned:
+    if device is not None:
+        node = numa.node_of(device)
+        if node is not None:
+            numa.prefer(tensor, node)
         address, runtime = tensor.data_ptr(), torch.cuda.cudart()
         status = int(runtime.cudaHostRegister(address, size_bytes, 0))
         if status:

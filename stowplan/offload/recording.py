@@ -10,7 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from stowplan.offload.arguments import flatten_named
-from stowplan.offload.copies import CopyEngine
+from stowplan.offload.copies import CopyEngine, Stop
 from stowplan.offload.intercept import Forward
 from stowplan.offload.refusals import refuse_callers
 from stowplan.offload.tape.checks import Checks
@@ -52,18 +52,19 @@ def record_call(
     checks: Checks | None = None,
     name: str = "",
     observe: Callable[[TapeOp], object] = lambda op: None,
+    stop: Stop | None = None,
 ) -> Recording:
     """Call ``forward`` of the block ``module`` once, recording what it does and holding all that it saves.
 
     ``name`` is what errors call the block; by default its class. ``observe`` is told of each recorded op, once it has
-    run. Raises UnsupportedModel for a block that is checkpointed or called by compiled code.
+    run. ``stop`` is where the call is among the forward pass's, for a run that will be sealed. Raises UnsupportedModel for a block that is checkpointed or called by compiled code.
     """
     name = name or type(module).__name__
     refuse_callers(name)
     leaves = flatten_named(forward, args, kwargs)
     position = draw_position(devices_of(module))
     recorder = Recorder(module, leaves, name, observe)
-    run = Run(name, copies, counters, checks or Checks())
+    run = Run(name, copies, counters, checks or Checks(), stop)
 
     def pack(tensor: torch.Tensor) -> Any:
         slot = recorder.save(tensor)

@@ -13,7 +13,8 @@ from stowplan.core.errors import InvalidArgument, PlanMismatch
 from stowplan.core.plan import Plan
 from stowplan.core.program import Action, Split
 from stowplan.offload.blocks import Block
-from stowplan.offload.copies import PlainCopies
+from stowplan.offload.copies import CopyEngine, OverlappedCopies, PlainCopies
+from stowplan.offload.copies.lanes import lanes_for
 from stowplan.offload.engine import Engine
 from stowplan.offload.host_slab import HostSlab
 from stowplan.offload.intercept import Forward, Interception
@@ -69,7 +70,7 @@ class AppliedPlan:
         """Put the hooks on the blocks, and the watch before the model's forward unless there is nothing to watch."""
         model = self._model()
         assert model is not None
-        copies = PlainCopies(_slab(self.plan, model))
+        copies = _copies(self.plan, device_of(model))
         blocks, decisions = _named_blocks(model, self.plan), _decisions(self.plan)
         checks, note = Checks(self._verify), failure_note(self.plan)
         self.engine = Engine(model, blocks, decisions, copies, self.counters, checks, note)
@@ -167,14 +168,19 @@ def _decisions(plan: Plan) -> Sequence[Mapping[str, Any]]:
     return [plan.actions_of(block) for block in range(plan.step.num_blocks)]
 
 
-def _slab(plan: Plan, model: torch.nn.Module) -> HostSlab:
+def _copies(plan: Plan, device: torch.device) -> CopyEngine:
+    """As the plan's hardware says: beside compute, or stopping it."""
     num_swapped = sum(
         decision is Action.SWAP or (isinstance(decision, Split) and decision.swapped > 0)
         for chosen in plan.decisions
         for decision in chosen
     )
-    size_bytes = plan.prediction.host_bytes + num_swapped * _SLAB_ALIGNMENT
-    return HostSlab(size_bytes, pinned=device_of(model).type == "cuda")
+    slab = HostSlab(
+        plan.prediction.host_bytes + num_swapped * _SLAB_ALIGNMENT, device if device.type == "cuda" else None
+    )
+    if plan.hardware.overlapped_copies:
+        return OverlappedCopies(slab, lanes_for(device), plan.hardware.staging_blocks)
+    return PlainCopies(slab)
 
 
 def applied(model: torch.nn.Module) -> AppliedPlan | None:

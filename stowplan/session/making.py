@@ -127,7 +127,7 @@ def make_plan(
         least_budget_bytes=answer.least_budget_bytes,
         baselines=answer.baselines,
         declined=answer.declined,
-        assumptions=(*captured.assumptions, *_standing_assumptions(device), *rounding, *reserve),
+        assumptions=(*captured.assumptions, *_standing_assumptions(device, machine), *rounding, *reserve),
         exact=options.exact,
         tolerance=options.tolerance,
         versions=_versions(),
@@ -141,9 +141,12 @@ def budgets_here(options: Options, device: torch.device) -> tuple[int, int]:
     return of_device, of_host
 
 
-def _standing_assumptions(device: torch.device) -> Iterator[str]:
+def _standing_assumptions(device: torch.device, machine: Hardware) -> Iterator[str]:
     yield "bytes are those of live tensors and kernels' scratch; the allocator's fragmentation comes on top"
-    yield "copies to and from the host stop compute: they are not overlapped yet"
+    if machine.overlapped_copies:
+        yield "copies run beside compute at the rates of a copy alone, and do not slow it down"
+    else:
+        yield "copies to and from the host stop compute"
     if device.type == "cpu":
         yield "the CPU stands in for a device: host bytes are taken from the system beside its allocator"
 

@@ -20,7 +20,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from stowplan.core.program import Action
 from stowplan.offload.blocks import Block
-from stowplan.offload.copies import PlainCopies
+from stowplan.offload.copies import CopyEngine, PlainCopies
 from stowplan.offload.engine import Engine
 from stowplan.offload.host_slab import HostSlab
 from stowplan.offload.intercept import Interception
@@ -127,6 +127,9 @@ def decide(model: nn.Module, names: Sequence[str], policy: str, call: Callable[[
     return [decisions[name] for name in names]
 
 
+make_copies: Callable[[HostSlab], CopyEngine] = PlainCopies
+
+
 def put_under_plan(
     model: Any, policy: str, call: Callable[[Any], Any], names: Sequence[str] = (), slab_bytes: int = SLAB_BYTES
 ) -> Planned:
@@ -134,7 +137,7 @@ def put_under_plan(
     decisions = decide(model, names, policy, call)
     slab = HostSlab(slab_bytes)
     blocks = [Block(name, model.get_submodule(name)) for name in names]
-    return Planned(model, Engine(model, blocks, decisions, PlainCopies(slab)), slab, decisions)
+    return Planned(model, Engine(model, blocks, decisions, make_copies(slab)), slab, decisions)
 
 
 def block_names(model: nn.Module) -> list[str]:

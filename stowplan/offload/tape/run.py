@@ -20,7 +20,7 @@ import torch
 
 from stowplan.core.errors import ReplayMismatch
 from stowplan.core.program import Action
-from stowplan.offload.copies import CopyEngine, Ticket
+from stowplan.offload.copies.protocol import CopyEngine, HostCopy, Portion, Stop
 from stowplan.offload.observer import is_allocation_failure
 from stowplan.offload.tape.checks import Checks, Verify, Witness
 from stowplan.offload.tape.course import Course, Fate, SlotCourse
@@ -42,41 +42,13 @@ class Departure(BaseException):
 class Counters:
     """What was done since a plan was applied."""
 
-    swapped_bytes: int = 0
+    swapped_bytes: int = 0  # sent to the host
+    returned_bytes: int = 0  # sent back; less than swapped_bytes where the device's own bytes were still there
     recomputed_bytes: int = 0
     recorded_calls: int = 0
     steady_calls: int = 0
     departures: int = 0
     allocation_failures: int = 0  # while values were brought back for backward
-
-
-class HostCopy:
-    """A value on the host. The host bytes go back when the value is on the device again, or nobody wants it."""
-
-    __slots__ = ("copies", "tensor", "ticket")
-
-    def __init__(self, copies: CopyEngine, tensor: torch.Tensor) -> None:
-        self.copies = copies
-        self.tensor: torch.Tensor | None = None
-        self.ticket: Ticket | None = None
-        self.ticket = copies.to_host(tensor)
-
-    def fetch(self) -> torch.Tensor:
-        """The value on the device; copied at the first call."""
-        if self.tensor is None:
-            assert self.ticket is not None
-            self.tensor = self.copies.to_device(self.ticket)
-            self.copies.wait(self.tensor)
-            self._release()
-        return self.tensor
-
-    def _release(self) -> None:
-        if self.ticket is not None:
-            self.copies.release(self.ticket)
-            self.ticket = None
-
-    def __del__(self) -> None:
-        self._release()
 
 
 class Cell:
@@ -99,16 +71,19 @@ class Run:
     (``pack_recording``) until ``adopt`` or ``keep_all``.
     """
 
-    def __init__(self, name: str, copies: CopyEngine, counters: Counters, checks: Checks) -> None:
+    def __init__(
+        self, name: str, copies: CopyEngine, counters: Counters, checks: Checks, stop: Stop | None = None
+    ) -> None:
         self.name = name
         self.copies = copies
+        self.stop = stop  # where this call is among the forward pass's; None for one that is not going to be sealed
         self.counters = counters
         self.checks = checks
         self.failure_note = ""  # for an allocation that fails while values are brought back
         self.lock = threading.Lock()  # several threads may run backward on graphs that share this call
         self.slots: Iterator[SlotCourse] = iter(())  # those to come
         self.cells: dict[int, Cell] = {}
-        self.departing: dict[int, tuple[torch.Tensor, int]] = {}  # to be copied to the host when the block is over
+        self.departing: dict[int, tuple[Portion, int]] = {}  # to leave when the block is over, with versions
         self.sources: dict[int, torch.Tensor | HostCopy] = {}
         self.versions: list[tuple[torch.Tensor, int, int]] = []
         self.waiting: list[weakref.ref[Cell]] = []
@@ -179,7 +154,7 @@ class Run:
             if cell is None:
                 cell = cells[value] = Cell(self, value)
                 if fate is _SWAP:
-                    departing[value] = tensor.detach(), tensor._version
+                    departing[value] = Portion(tensor.detach(), geometry), tensor._version
                 if value in witnessed:
                     self._witness(value, tensor)
             return cell, geometry
@@ -208,7 +183,7 @@ class Run:
                 cell.run = None
                 continue
             if action is Action.SWAP:
-                self.departing[value] = cell.tensor, cell.tensor._version
+                self.departing[value] = Portion(cell.tensor, Geometry.of(cell.tensor)), cell.tensor._version
             if value in self.witnessed:
                 self._witness(value, cell.tensor)
             cell.tensor, cell.version = None, None
@@ -229,14 +204,17 @@ class Run:
         """The block's forward is over: send values to the host. Raises Departure if slots are missing."""
         if next(self.slots, None) is not None:
             raise Departure(f"fewer than {len(self.course.slots)} saved tensors")
-        for value in list(self.departing):
-            tensor, version = self.departing.pop(value)
-            if tensor._version != version:
+        for value, (portion, version) in self.departing.items():
+            if portion.tensor._version != version:
                 raise Departure(f"{self.course.tape.values[value].name} is changed in place after it was saved")
-            host = self.cells[value].host = HostCopy(self.copies, tensor)
-            self.counters.swapped_bytes += tensor.untyped_storage().nbytes()
+        assert self.stop is not None
+        sent = self.copies.send(self.stop, [portion for portion, _ in self.departing.values()])
+        for value, host in zip(self.departing, sent, strict=True):
+            self.cells[value].host = host
+            self.counters.swapped_bytes += host.stop - host.start
             if value in self.course.sources:
                 self.sources[value] = host
+        self.departing.clear()
         if _CPU in self.position:
             self.ending = draw_position([_CPU])
         self.waiting = [weakref.ref(cell) for cell in self.cells.values()]
@@ -259,15 +237,14 @@ class Run:
 
     def _restore(self) -> None:
         wanted = {cell.value: cell for ref in self.waiting if (cell := ref()) is not None}
-        for cell in wanted.values():
-            if cell.host is not None:
-                cell.tensor = cell.host.fetch()
         targets = tuple(v for v in self.course.targets if v in wanted)
-        if targets:
+        replay = self.course.replay(targets) if targets else None
+        if replay is not None:
             for tensor, version, value in self.versions:
                 if tensor._version != version:
                     raise _changed(self.course.tape.values[value].name)
-            replay = self.course.replay(targets)
+        self._fetch(wanted.values(), replay.sources if replay is not None else ())
+        if replay is not None:
             try:
                 tensors = replay([self._source(value) for value in replay.sources], self.position, self.ending)
             except Strayed:
@@ -285,10 +262,23 @@ class Run:
         self.versions.clear()
         self.witnesses.clear()
 
+    def _fetch(self, wanted: Collection[Cell], sources: Collection[int]) -> None:
+        """Have what is on the host back: for cells, and for the replay alone."""
+        away = {cell.value: cell.host for cell in wanted if cell.host is not None}
+        for value in sources:
+            source = self.sources.get(value)
+            if isinstance(source, HostCopy):
+                away[value] = source
+        assert self.stop is not None
+        self.counters.returned_bytes += self.copies.fetch(self.stop, list(away.values()))
+        for cell in wanted:
+            if cell.host is not None:
+                cell.tensor = cell.host.tensor
+
     def _source(self, value: int) -> torch.Tensor:
         source = self.sources.get(value)
         if isinstance(source, HostCopy):
-            return source.fetch()
+            return source.tensor
         if source is not None:
             return source
         constant = self.course.tape.values[value].constant

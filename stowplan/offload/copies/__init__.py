@@ -1,0 +1,7 @@
+"""Moving values between the device and the host slab: ``plain`` stops compute, ``overlapped`` runs beside it."""
+
+from stowplan.offload.copies.overlapped import OverlappedCopies
+from stowplan.offload.copies.plain import PlainCopies
+from stowplan.offload.copies.protocol import CopyEngine, HostCopy, Portion, Stop
+
+__all__ = ["CopyEngine", "HostCopy", "OverlappedCopies", "PlainCopies", "Portion", "Stop"]
