@@ -20,6 +20,7 @@ from stowplan.offload.host_slab import HostSlab
 from stowplan.offload.intercept import Forward, Interception
 from stowplan.offload.observer import memory_observer
 from stowplan.offload.tape.checks import Checks, Verify
+from stowplan.offload.tape.proof import Tolerance
 from stowplan.offload.tape.run import Counters
 from stowplan.session.making import device_of
 from stowplan.session.watching import Watch, failure_note
@@ -72,8 +73,9 @@ class AppliedPlan:
         assert model is not None
         copies = _copies(self.plan, device_of(model))
         blocks, decisions = _named_blocks(model, self.plan), _decisions(self.plan)
-        checks, note = Checks(self._verify), failure_note(self.plan)
-        self.engine = Engine(model, blocks, decisions, copies, self.counters, checks, note)
+        checks, note = Checks(self._verify, exact=self.plan.exact), failure_note(self.plan)
+        rounding = None if self.plan.exact else Tolerance(self.plan.tolerance)
+        self.engine = Engine(model, blocks, decisions, copies, self.counters, checks, note, rounding)
         idle = self.plan.declined and not self.watch.strict
         if not idle and self._on_remove is None:  # the model holds it; this table of plans must not hold the model
             self._watching = weakref.ref(Interception(model, self._call))

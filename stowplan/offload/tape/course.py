@@ -89,7 +89,7 @@ class Course:
         self.parameters = tuple((v, values[v].parameter) for v in sources if values[v].origin is Origin.PARAMETER)
         self._geometries = {v: values[v].geometry for v in sources}
         for slot in reversed(tape.lasting_slots):  # a source that was saved is held as its first slot saw it
-            if slot.value in actions:
+            if slot.value in actions and slot.value not in splits:
                 self._geometries[slot.value] = slot.geometry
         self._replays: dict[tuple[int, ...], Replay] = {}
         self.turns = itertools.count()  # of calls, for what is done in turn
@@ -102,6 +102,11 @@ class Course:
                 self.tape, rows, self._available, self._geometries, self.num_rows, self._rules
             )
         return self._replays[targets]
+
+    def recomputed_bytes(self, value: int) -> int:
+        """Bytes of a target that a replay makes."""
+        parts = self.parts.get(value)
+        return self.tape.values[value].size_bytes if parts is None else int(parts.swapped.start)
 
     def trials(self, tolerance: Tolerance | None) -> RowTrials:
         """What the proof has to try before values are recomputed by rows."""

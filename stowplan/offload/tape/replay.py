@@ -164,7 +164,8 @@ class _Writer:
             op = self.tape.ops[k]
             for value, version in op.reads:
                 if not self.targets.get(value):
-                    last[f"v{value}" if (value, version) in made else f"s{value}"] = k
+                    again = (value, version) in made and not self._is_source(value, version)
+                    last[f"v{value}" if again else f"s{value}"] = k
             for value, version in (*((value, 0) for _, value in op.makes), *op.writes):
                 made.add((value, version))
                 last[f"v{value}"] = k
@@ -214,13 +215,19 @@ class _Writer:
         return self._constant(argument)
 
     def _tensor(self, ref: Ref, geometry: Geometry) -> str:
-        name = self.names.get((ref.value, ref.version), f"s{ref.value}")
+        name = f"s{ref.value}"
+        if not self._is_source(ref.value, ref.version):
+            name = self.names.get((ref.value, ref.version), name)
         own = self.geometries[name]
         if own == geometry and name not in self.first_rows:
             return name
         if own.dtype is not geometry.dtype:
             return f"view_of({name}, {self._constant(geometry)})"
         return f"as_strided({name}, {geometry.size!r}, {geometry.stride!r}, {geometry.offset!r})"
+
+    def _is_source(self, value: int, version: int) -> bool:
+        """Is the value at hand? Its op may run again for the sake of its other results."""
+        return value in self.sources and version == self.tape.values[value].last_version
 
     def _constant(self, constant: Any) -> str:
         if constant is None or type(constant) is bool:
