@@ -21,9 +21,7 @@ def random_splits(plan: Plan, seed: int) -> Plan:
     """Every value that has rows is split at random, most of them; the others get a random action."""
     generator = random.Random(seed)
     programs = [plan.step.program_of(block) for block in range(plan.step.num_blocks)]
-    return with_decisions(
-        plan, tuple(tuple(_choose(p.values[i], generator) for i in p.saved) for p in programs)
-    )
+    return with_decisions(plan, tuple(tuple(_choose(p.values[i], generator) for i in p.saved) for p in programs))
 
 
 def _choose(value: Value, generator: random.Random) -> Decision:
