@@ -6,9 +6,11 @@ rest). They are not measured: compare policies on them, promise nothing.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from stowplan.core.program import Action, BlockProgram, Op, Phase, StepProgram, Value
 
-__all__ = ["analytic_block", "analytic_llama"]
+__all__ = ["analytic_block", "analytic_llama", "with_rows"]
 
 MATMUL_FLOPS_PER_SECOND = 0.6 * 989e12
 MEMORY_BYTES_PER_SECOND = 2.6e12
@@ -121,3 +123,21 @@ def analytic_llama(
         embedding_backward=Phase(seconds=unit / MEMORY_BYTES_PER_SECOND, peak_bytes=unit, left_bytes=0),
         optimizer_step=Phase(seconds=static_bytes / MEMORY_BYTES_PER_SECOND, peak_bytes=0, left_bytes=0),
     )
+
+
+def with_rows(step: StepProgram, num_rows: int = 256, num_splits: int = 16) -> StepProgram:
+    """``step`` with values of ``num_rows`` rows: all may be swapped by rows, and what is row-wise recomputed by rows.
+
+    Attention's outputs are not row-wise; splits are the multiples of ``num_rows`` / ``num_splits``.
+    """
+
+    def divided(program: BlockProgram) -> BlockProgram:
+        values = []
+        for value in program.values:
+            row_wise = value.producer is not None and not program.ops[value.producer].causal_attention
+            splits = tuple(num_rows * part // num_splits for part in range(1, num_splits)) if row_wise else ()
+            assert value.size_bytes % num_rows == 0
+            values.append(replace(value, num_rows=num_rows, splits=splits))
+        return replace(program, values=tuple(values))
+
+    return replace(step, programs=tuple(map(divided, step.programs)))

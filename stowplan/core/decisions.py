@@ -124,9 +124,9 @@ def _next_blocks(text: object, first: int, num_blocks: int, path: str) -> range:
     return range(first, last + 1)
 
 
-def _chosen_by_name(entry: dict[str, object], path: str) -> dict[str, object]:
+def _chosen_by_name(entry: dict[str, object], path: str) -> dict[str, str | dict[str, int]]:
     """What an entry gives each value's name: an action, or an object of numbers of rows."""
-    chosen: dict[str, object] = {}
+    chosen: dict[str, str | dict[str, int]] = {}
     for key, names in entry.items():
         if key == "blocks":
             continue
@@ -138,11 +138,20 @@ def _chosen_by_name(entry: dict[str, object], path: str) -> dict[str, object]:
         for name in names:
             if not isinstance(name, str) or name in chosen:
                 raise RecordError(f"{path}.{key}: {name!r} is no name, or has an action already")
-            chosen[name] = names[name] if isinstance(names, dict) else key
+            chosen[name] = _counts(names[name], f"{path}.{key}.{name}") if isinstance(names, dict) else key
     return chosen
 
 
-def _chosen_in_order(values: list[Value], chosen: dict[str, object], path: str) -> list[object]:
+def _counts(rows: object, path: str) -> dict[str, int]:
+    """How many rows do what, as ``_rows_to_plain`` writes it."""
+    if not isinstance(rows, dict) or not rows.keys() <= set(Action):
+        raise RecordError(f'{path}: an object like {{"recompute": 64, "swap": 192}} is expected')
+    if not all(type(count) is int and count > 0 for count in rows.values()):
+        raise RecordError(f"{path}: numbers of rows are whole and above 0; leave out what no row does")
+    return rows
+
+
+def _chosen_in_order(values: list[Value], chosen: dict[str, str | dict[str, int]], path: str) -> list[object]:
     decisions: list[object] = []
     for value in values:
         if value.name not in chosen:
@@ -160,12 +169,8 @@ def _chosen_in_order(values: list[Value], chosen: dict[str, object], path: str) 
     return decisions
 
 
-def _split_of(value: Value, rows: object, path: str) -> dict[str, int]:
+def _split_of(value: Value, rows: dict[str, int], path: str) -> dict[str, int]:
     """The plain form of a ``Split``, if ``value`` may do what ``rows`` say."""
-    if not isinstance(rows, dict) or not rows.keys() <= set(Action):
-        raise RecordError(f'{path}: an object like {{"recompute": 64, "swap": 192}} is expected')
-    if not all(type(count) is int and count > 0 for count in rows.values()):
-        raise RecordError(f"{path}: numbers of rows are whole and above 0; leave out what no row does")
     if not value.num_rows:
         raise RecordError(f"{path}: the rows of {value.name!r} may not be divided")
     if sum(rows.values()) != value.num_rows:

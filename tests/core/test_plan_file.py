@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from stowplan.core.errors import InvalidPlanFile
 from stowplan.core.plan import Plan
-from stowplan.core.program import Action
-from tests.plans import example_plan, measured_plan, plans
+from stowplan.core.program import Action, Split, Value, decision_by_rows
+from tests.plans import example_plan, measured_plan, plans, split_plan
 
 Document = dict[str, Any]
 
@@ -24,7 +24,7 @@ def test_any_plan_reads_back_as_it_was(plan: Plan) -> None:
     assert Plan.from_json(plan.to_json()) == plan
 
 
-@pytest.mark.parametrize("plan", [example_plan(), measured_plan()])
+@pytest.mark.parametrize("plan", [example_plan(), measured_plan(), split_plan()])
 def test_a_saved_plan_loads(plan: Plan, tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     path.write_text("what was there before")
@@ -42,6 +42,33 @@ def test_decisions_are_written_as_ranges_of_blocks() -> None:
     decisions = json.loads(example_plan(num_blocks=9).to_json())["decisions"]
     assert [entry["blocks"] for entry in decisions] == ["0-2", "3-5", "6-8"]
     assert decisions[1] == {"blocks": "3-5", "keep": ["q"], "swap": ["x_in"], "recompute": ["norm1", "up"]}
+
+
+def test_splits_are_written_as_numbers_of_rows() -> None:
+    decisions = json.loads(split_plan().to_json())["decisions"]
+    assert decisions[0] == {
+        "blocks": "0-3",
+        "keep": [],
+        "swap": ["x_in"],
+        "recompute": ["q"],
+        "rows": {
+            "norm1": {"recompute": 64, "swap": 128, "keep": 64},
+            "up": {"recompute": 128, "swap": 128},
+        },
+    }
+    assert decisions[2]["rows"] == {"norm1": {"swap": 32, "keep": 224}}
+
+
+def test_rows_that_all_do_the_same_are_no_split() -> None:
+    assert [decision_by_rows(8, *rows) for rows in ((0, 0), (0, 8), (8, 0))] == list(Action)
+    assert decision_by_rows(8, 2, 6) == Split(recomputed=2, swapped=6)
+
+
+def test_bytes_of_a_value_by_what_its_rows_do() -> None:
+    value = Value(name="up", size_bytes=80, producer=0, actions=tuple(Action), num_rows=8, splits=(2,))
+    split = Split(recomputed=2, swapped=5)
+    assert value.bytes_by_action(split) == {Action.KEEP: 10, Action.SWAP: 50, Action.RECOMPUTE: 20}
+    assert value.bytes_by_action(Action.SWAP) == {Action.KEEP: 0, Action.SWAP: 80, Action.RECOMPUTE: 0}
 
 
 def test_figures_that_are_no_numbers_are_not_written() -> None:
@@ -169,7 +196,65 @@ def test_damage_is_named_by_its_path(damage: Callable[[Document], None], message
     assert str(caught.value).endswith("Make it anew with stowplan plan --out.")
 
 
-TEXT = example_plan(num_blocks=3).to_json()
+def _rows(rows: object) -> Callable[[Document], None]:
+    return _set("decisions", 0, "rows", "up", to=rows)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_set("decisions", 0, "rows", to=["up"]), "$.decisions[0].rows: an object of numbers of rows by name"),
+        (_set("decisions", 0, "keep", to=["up"]), "$.decisions[0].rows: 'up' is no name, or has an action already"),
+        (_set("decisions", 0, "rows", "z", to={"swap": 1}), "$.decisions[0]: 'z' is no saved value of these blocks"),
+        (_drop("decisions", 0, "rows", "up"), "$.decisions[0]: no action for 'up'"),
+        (_rows("swap"), "$.decisions[0].rows.up: an object like"),
+        (_rows({"drop": 256}), "$.decisions[0].rows.up: an object like"),
+        (_rows({"recompute": 64, "swap": 192.0}), "$.decisions[0].rows.up: numbers of rows are whole and above 0"),
+        (_rows({"recompute": 64, "swap": True}), "$.decisions[0].rows.up: numbers of rows are whole and above 0"),
+        (_rows({"recompute": 64, "swap": 192, "keep": 0}), "$.decisions[0].rows.up: numbers of rows are whole and"),
+        (_rows({"recompute": 64, "swap": 191}), "$.decisions[0].rows.up: 255 rows; 'up' has 256"),
+        (_rows({"swap": 256}), "$.decisions[0].rows.up: all rows swap: list 'up' under 'swap'"),
+        (_rows({"recompute": 65, "swap": 191}), "$.decisions[0].rows.up.recompute: 65 is none of the first rows"),
+        (
+            _set("step", "programs", 0, "values", 4, "actions", to=["keep", "recompute"]),
+            "$.decisions[0].rows.up.swap: not allowed for 'up'",
+        ),
+        (
+            _set("decisions", 0, "rows", "q", to={"swap": 256}),
+            "$.decisions[0].rows: 'q' is no name, or has an action already",
+        ),
+        (
+            _set("step", "programs", 0, "values", 1, "num_rows", to=7),
+            "$.step.programs[0].values[1].num_rows: 7 rows do",
+        ),
+        (_set("step", "programs", 0, "values", 1, "num_rows", to=-1), "$.step.programs[0].values[1].num_rows: -1 rows"),
+        (
+            _set("step", "programs", 0, "values", 1, "splits", to=[64, 64]),
+            "$.step.programs[0].values[1].splits[1]: 64 is not between 65 and 255, ascending",
+        ),
+        (
+            _set("step", "programs", 0, "values", 0, "splits", to=[64]),
+            "$.step.programs[0].values[0].splits[0]: 64 is not between 1 and -1",
+        ),
+    ],
+)
+def test_damaged_rows_are_named_by_their_path(damage: Callable[[Document], None], message: str) -> None:
+    document = json.loads(split_plan().to_json())
+    damage(document)
+    with pytest.raises(InvalidPlanFile) as caught:
+        Plan.from_json(json.dumps(document), "plan.json")
+    assert f"plan.json: {message}" in str(caught.value)
+
+
+def test_rows_of_an_undivided_value_are_refused() -> None:
+    document = json.loads(split_plan().to_json())
+    document["decisions"][0]["recompute"] = []
+    document["decisions"][0]["rows"]["q"] = {"swap": 1, "keep": 1}
+    with pytest.raises(InvalidPlanFile, match=r"\$\.decisions\[0\]\.rows\.q: the rows of 'q' may not be divided"):
+        Plan.from_json(json.dumps(document))
+
+
+TEXT = split_plan().to_json()
 
 
 @given(st.integers(0, len(TEXT) - 1), st.integers(0, 30), st.text(max_size=5))

@@ -32,6 +32,7 @@ class Tree:
     best: Leaf | None = None
     table: dict[str, int] = field(default_factory=dict)
     flag: bool = False
+    choice: Colour | Leaf = Colour.RED
 
 
 leaves = st.builds(
@@ -44,6 +45,7 @@ trees = st.builds(
     best=st.none() | leaves,
     table=st.dictionaries(st.text(), st.integers(), max_size=3),
     flag=st.booleans(),
+    choice=st.sampled_from(Colour) | leaves,
 )
 
 
@@ -85,6 +87,8 @@ LEAF: dict[str, Any] = {"name": "a", "size": 1}
         ({"leaves": [], "pair": ["a", "b"]}, "$.pair[1]: str where int is expected"),
         ({"leaves": [], "table": {"k": None}}, "$.table.k: NoneType where int is expected"),
         ({"leaves": [], "flag": 0}, "$.flag: int where bool is expected"),
+        ({"leaves": [], "choice": "green"}, "$.choice: 'green' is none of 'red', 'blue'"),
+        ({"leaves": [], "choice": {"name": "a"}}, "$.choice: key 'size' is missing"),
     ],
 )
 def test_every_mistake_is_named_by_its_path(plain: Any, message: str) -> None:

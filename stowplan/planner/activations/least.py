@@ -45,11 +45,12 @@ def find_least_budget(
 
     deadline = time.monotonic() + time_limit_seconds
     groups = group_blocks(problem, most_groups)
-    kinds = (problem.undivided, problem) if problem.by_rows else (problem,)
     single = len(groups) == problem.step.num_blocks
+    kinds = [problem.undivided] if problem.by_rows else [problem]
+    kinds += [problem] if problem.by_rows and single else []
     proven = False
-    for kind in kinds:
-        found = least_memory(kind, groups, solver, time_limit_seconds / 2 / len(kinds))
+    for number, kind in enumerate(kinds, start=1):
+        found = least_memory(kind, groups, solver, time_limit_seconds / 2 / number)
         if found is not None:
             drafts.append(Draft(goal, found.decisions))
             proven = single and found.proven and not problem.by_rows

@@ -101,6 +101,8 @@ def _trade(draft: Draft, until: float) -> bool:
     purchases: list[tuple[float, int, BlockDecisions]] = []
     sales: list[tuple[float, int, BlockDecisions]] = []
     for block in draft.problem.order:
+        if time.monotonic() >= until:
+            return False
         now = draft.blocks[block]
         for chosen in _neighbours(draft, block):
             then = draft.footprints.of(block, chosen)

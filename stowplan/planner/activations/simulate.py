@@ -10,7 +10,7 @@ import heapq
 import math
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 from stowplan.core.plan import MomentBytes, Prediction
@@ -82,7 +82,9 @@ class _Memory:
 def simulate(problem: Problem, decisions: Decisions) -> Prediction:
     """Time and bytes of one step under ``decisions``. Raises InvalidArgument for decisions that are not possible."""
     problem.check(decisions)
-    blocks = [_walk(problem, block, chosen) for block, chosen in enumerate(decisions)]
+    names, kinds = problem.step.call_names, list(zip(problem.step.blocks, decisions, strict=True))
+    walked = {kind: _walk(problem.step.programs[kind[0]], kind[1]) for kind in dict.fromkeys(kinds)}
+    blocks = [replace(walked[kind], name=name) for kind, name in zip(kinds, names, strict=True)]
     memory = _Memory(static=problem.step.static_bytes)
     tasks = _forward_tasks(problem, blocks, memory) + _backward_tasks(problem, blocks, memory)
     seconds = _run(tasks)
@@ -102,10 +104,9 @@ def simulate(problem: Problem, decisions: Decisions) -> Prediction:
     )
 
 
-def _walk(problem: Problem, number: int, chosen: BlockDecisions) -> _Block:
+def _walk(program: BlockProgram, chosen: BlockDecisions) -> _Block:
     """Sort the saved values of a block, and the rows of split ones, and replay what is recomputed."""
-    program = problem.step.program_of(number)
-    block = _Block(program=program, name=problem.step.call_names[number])
+    block = _Block(program=program, name="")
     block.kept, block.lingering = program.held_bytes, program.lingering_bytes
     buffers, wanted, copies = set(), {}, 0
     for index, decision in zip(program.saved, chosen, strict=True):

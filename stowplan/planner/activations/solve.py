@@ -39,6 +39,7 @@ MOST_GROUPS = 8
 _LEAST_SHARE, _ROUNDING_SHARE, _SOLVER_SHARE = 0.1, 0.3, 0.35  # of the time limit; the rest is for the last search
 _SEARCH_END = 0.95  # of the time limit: what follows is the check
 _ROWS_SHARE = 0.6  # of the time that is left goes to plans with rows where there are such; the rest to whole values
+_WORTHWHILE_SHARE = 0.25  # of the time limit: with less of it left, whole values are not tried by themselves
 _SEARCH_GAP = 0.1  # of the gap asked for: where search stops, because on the way there it is cheap
 
 
@@ -138,7 +139,8 @@ class _Search:
         bound = self._bound(problem, token_rows=True)
         self.tell(f"no plan is faster than {format_seconds(bound.bound_seconds)}")
         best, reachable_seconds, proven = self._decide(problem, self.known, _ROWS_SHARE if problem.by_rows else 1.0)
-        if problem.by_rows and best.seconds > self._goal(reachable_seconds):
+        missed = best.excess_bytes or best.seconds > self._goal(reachable_seconds)
+        if problem.by_rows and missed and self._left() > _WORTHWHILE_SHARE * self.time_limit_seconds:
             whole = problem.undivided
             known = [decisions for decisions in self.known if not _divides(decisions)]
             known.append(POLICIES["memo"](whole))
