@@ -166,7 +166,7 @@ def test_peak_and_bytes_are_no_more_than_predicted(name: str) -> None:
     roomy = session.plan(model, case.batch(0), budget="1GiB", host_budget="1GiB", optimizer=optimizer)
     for seed in range(3):
         plan = random_splits(roomy, seed)
-        problem = Problem(plan.step, plan.hardware, budget_bytes=2**30, host_budget_bytes=2**30)
+        problem = Problem(step=plan.step, hardware=plan.hardware, budget_bytes=2**30, host_budget_bytes=2**30)
         predicted = simulate(problem, plan.decisions)
         with session.apply(plan, model), session.measure(model) as measured:
             for step in range(4):
