@@ -125,8 +125,8 @@ class PlannedBlock:
     A call of a new signature is recorded. Two recordings in a row must agree before calls follow the tape without being
     recorded: what only the first call does (filling a cache, say) is no part of the steady state.
 
-    ``planned`` has the decisions for each call in a forward pass, ``places`` their numbers among the calls of all blocks.
-    Calls beyond those begin with the first ones again.
+    ``planned`` has the decisions for each call in a forward pass, ``places`` their numbers among the calls of all
+    blocks. Calls beyond those begin with the first ones again.
     """
 
     def __init__(
@@ -219,7 +219,10 @@ class PlannedBlock:
             with torch.autograd.graph.saved_tensors_hooks(run.packer(), unpack):
                 output = forward(*args, **kwargs)
             run.seal()
-        except Departure:
+        except BaseException as error:
+            run.drop_all()  # or its cells and it would keep each other alive until the garbage collector comes
+            if not isinstance(error, Departure):
+                raise
             # What was dropped already cannot be had back: run the block again from its start, under the recorder.
             self.counters.departures += 1
             output = None

@@ -33,7 +33,8 @@ class HostSlab:
 
     The memory comes from the system, not from torch's CPU allocator: on a CPU-only machine it stands in for the
     host and must not count as device memory. Pages are touched at first use. For a CUDA ``device`` it is page-locked,
-    in memory that is near to the device where there is a choice. What does not fit (more forward passes in flight than planned) gets a buffer of its own, with a warning.
+    in memory that is near to the device where there is a choice. What does not fit (more forward passes in flight than
+    planned) gets a buffer of its own, with a warning.
     """
 
     def __init__(self, size_bytes: int, device: torch.device | None = None) -> None:

@@ -41,7 +41,7 @@ def node_of_pci(address: str, root: Path = Path("/sys")) -> int | None:
 
 
 def prefer(memory: torch.Tensor, node: int) -> bool:
-    """Have pages of ``memory`` (whole pages, not touched yet) come from ``node``; False if the system does not do so."""
+    """Have the pages of ``memory`` (whole ones, not touched yet) come from ``node``; False if that cannot be had."""
     number = _MBIND.get(platform.machine())
     if platform.system() != "Linux" or number is None:
         return False

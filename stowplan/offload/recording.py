@@ -57,7 +57,8 @@ def record_call(
     """Call ``forward`` of the block ``module`` once, recording what it does and holding all that it saves.
 
     ``name`` is what errors call the block; by default its class. ``observe`` is told of each recorded op, once it has
-    run. ``stop`` is where the call is among the forward pass's, for a run that will be sealed. Raises UnsupportedModel for a block that is checkpointed or called by compiled code.
+    run. ``stop`` is where the call is among the forward pass's, for a run that will be sealed. Raises UnsupportedModel
+    for a block that is checkpointed or called by compiled code.
     """
     name = name or type(module).__name__
     refuse_callers(name)

@@ -138,7 +138,7 @@ def test_a_range_of_bytes_travels_and_leaves_the_others_alone(make_engine: Calla
 @engines
 def test_copies_that_nobody_wants_give_their_bytes_back(make_engine: Callable[[], Engine]) -> None:
     copies, slab = make_engine()
-    stop, sent = send_away(copies, *(portion_of(torch.ones(100)) for _ in range(4)))
+    _, sent = send_away(copies, *(portion_of(torch.ones(100)) for _ in range(4)))
     del sent
     gc.collect()
     assert slab.used_bytes == 0

@@ -15,8 +15,8 @@ Note: who waits for whom
 
     So memory goes back to the allocator only when the stream that it was allocated on has waited for the last copy that
     reads or writes it, and there is no need for ``record_stream``, which would hold it until the allocator happens to
-    look. Host bytes are given back as soon as the copy out of them is on its lane: copies to the host are in order among
-    themselves, and 2 orders them after that one.
+    look. Host bytes are given back as soon as the copy out of them is on its lane: copies to the host are in order
+    among themselves, and 2 orders them after that one.
 
 Note: one order of locks
     ``_at_work`` is held while copies are started and waited for. A value may die at any time, in any thread, also in

@@ -206,10 +206,11 @@ class Run:
         self.cells.clear()
 
     def drop_all(self) -> None:
-        """Let go of what ``pack_recording`` held; the call's graph is of no use any more."""
+        """Let go of what was packed; the call's graph is of no use any more."""
         for cell in self.cells.values():
             cell.tensor = cell.run = None
         self.cells.clear()
+        self.departing.clear()
 
     def seal(self) -> None:
         """The block's forward is over: send values to the host. Raises Departure if slots are missing."""
