@@ -17,6 +17,7 @@ import math
 import os
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -174,11 +175,12 @@ def _rows_against_whole(rows: list[dict[str, object]]) -> list[str]:
 
 
 def _markdown(rows: list[dict[str, object]], summary: list[str]) -> str:
+    command = " ".join(["python -m benchmarks.planner_scaling", *sys.argv[1:]])
     machine = ", ".join(f"{key} {value}" for key, value in _machine().items() if key != "versions")
     body = [
         "# Planner scaling",
         "",
-        f"Made by `python -m benchmarks.planner_scaling` ({machine}, shared with other work).",
+        f"Made by `{command}` ({machine}, shared with other work).",
         "Step times are over the ideal (no limits). *rows*: every value may be swapped by rows, and what is row-wise",
         "may be recomputed for its first 1/16, 2/16 … of them.",
         "",

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from stowplan.core.errors import InvalidPlanFile
 from stowplan.core.plan import Plan
 from stowplan.core.program import Action, Split, Value, decision_by_rows
-from tests.plans import example_plan, measured_plan, plans, split_plan
+from tests.arbitrary_plans import plans
+from tests.plans import example_plan, measured_plan, split_plan
 
 Document = dict[str, Any]
 

@@ -140,7 +140,9 @@ def test_impossible_splits_are_named(decision: Split, reason: str) -> None:
     evaluate(problem, ((_split(0, 48), _split(0, 1), _split(16, 16), KEEP),))
 
 
-@pytest.mark.parametrize(("num_rows", "splits"), [(7, ()), (-1, ()), (64, (16, 64)), (64, (32, 16)), (64, (0,))])
+@pytest.mark.parametrize(
+    ("num_rows", "splits"), [(7, ()), (-1, ()), (64, (16, 64)), (64, (32, 16)), (64, (0,)), (0, (16,))]
+)
 def test_rows_that_do_not_divide_are_refused(num_rows: int, splits: tuple[int, ...]) -> None:
     program = _program()
     values = (program.values[0], replace(program.values[1], num_rows=num_rows, splits=splits), *program.values[2:])

@@ -7,7 +7,8 @@ from hypothesis import HealthCheck, given, settings
 from stowplan.core.plan import Measurement, Plan
 from stowplan.core.program import Action
 from stowplan.reports.figures import bytes_by_action, bytes_by_category, compare, peak_moment
-from tests.plans import LAYER, example_plan, measured_plan, plans
+from tests.arbitrary_plans import plans
+from tests.plans import LAYER, example_plan, measured_plan
 
 
 @given(plans())

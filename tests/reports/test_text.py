@@ -15,7 +15,8 @@ from stowplan.core.program import Action
 from stowplan.core.units import GIB, MIB
 from stowplan.reports.charts import decision_grid
 from stowplan.reports.text import render
-from tests.plans import LAYER, declined_plan, example_plan, measured_plan, plans, split_plan, step_of
+from tests.arbitrary_plans import plans
+from tests.plans import LAYER, declined_plan, example_plan, measured_plan, split_plan, step_of
 
 GOLDEN = Path(__file__).parent / "golden"
 

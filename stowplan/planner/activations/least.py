@@ -56,7 +56,9 @@ def find_least_budget(
             proven = single and found.proven and not problem.by_rows
     if not proven:
         start = _lowest(drafts) or min(drafts, key=lambda draft: draft.excess_bytes)
-        improve(start, deadline)
+        descended = Draft(goal, start.decisions, start.footprints)  # it may end beyond the host budget
+        improve(descended, deadline)
+        drafts.append(descended)
     best = _lowest(drafts)
     assert best is not None, "Problem checks that the host budget holds what can only be swapped"
     return LeastBudget(best.peak_bytes, best.decisions, proven=proven or best.peak_bytes == floor)

@@ -191,7 +191,7 @@ def _check_rows(program: BlockProgram, value: Value) -> None:
     """Rows are equal stretches of the value, and splits numbers of them in order."""
     rows, splits = value.num_rows, value.splits
     ascending = all(before < after for before, after in pairwise((0, *splits, rows)))
-    if rows and (rows < 0 or value.size_bytes % rows or not ascending):
+    if (rows or splits) and (rows <= 0 or value.size_bytes % rows or not ascending):
         raise InvalidArgument(
             f"program {program.name!r}: value {value.name!r} of {value.size_bytes} bytes has num_rows={rows} and "
             f"splits={splits}; rows must divide its bytes, and splits ascend between 1 and {rows - 1}."

@@ -8,6 +8,7 @@ good it is.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from stowplan.core.program import Action, Decisions, Split, StepProgram
 from stowplan.core.units import format_seconds
 from stowplan.planner.activations.advice import advise
 from stowplan.planner.activations.draft import Draft
+from stowplan.planner.activations.footprint import Footprints
 from stowplan.planner.activations.groups import group_blocks
 from stowplan.planner.activations.least import find_least_budget
 from stowplan.planner.activations.policies import POLICIES
@@ -39,7 +41,9 @@ MOST_GROUPS = 8
 _LEAST_SHARE, _ROUNDING_SHARE, _SOLVER_SHARE = 0.1, 0.3, 0.35  # of the time limit; the rest is for the last search
 _SEARCH_END = 0.95  # of the time limit: what follows is the check
 _ROWS_SHARE = 0.6  # of the time that is left goes to plans with rows where there are such; the rest to whole values
-_WORTHWHILE_SHARE = 0.25  # of the time limit: with less of it left, whole values are not tried by themselves
+_FITTING_SHARE = 0.6  # of a search, at most, goes into the rounded relaxation until it fits
+_PROGRAM_SHARE = 0.1  # of the time limit: with less of it left, the program of many blocks is not begun
+_WORTHWHILE_SHARE = 0.35  # of the time limit: with less of it left, whole values are not tried by themselves
 _SEARCH_GAP = 0.1  # of the gap asked for: where search stops, because on the way there it is cheap
 
 
@@ -161,23 +165,26 @@ class _Search:
         kind = "with rows divided" if problem.by_rows else "of whole values"
         self.tell(f"none {kind} is faster than {format_seconds(reachable.bound_seconds)}")
         goal = self._goal(reachable.bound_seconds)
-        rounded = Draft(problem, decide(problem, reachable.fractions))
+        footprints = Footprints(problem)
+        rounded = Draft(problem, decide(problem, reachable.fractions), footprints)
+        improve(rounded, self._after(_FITTING_SHARE, deadline), math.inf)  # until it fits: before that it is of no use
         improve(rounded, self._after(_ROUNDING_SHARE, deadline), goal)
-        drafts = [*(Draft(problem, decisions) for decisions in known), rounded]
+        drafts = [*(Draft(problem, decisions, footprints) for decisions in known), rounded]
         best = _fastest(drafts)
         proven = False
         alone = all(len(group) == 1 for group in groups)
-        if best.excess_bytes or best.seconds > goal or alone:
+        room = deadline - time.monotonic() > _PROGRAM_SHARE * self.time_limit_seconds
+        if alone or (room and (best.excess_bytes or best.seconds > goal)):
             if not alone:
                 groups = group_blocks(problem, MOST_GROUPS)
             limit = min(_SOLVER_SHARE * self.time_limit_seconds * share, max(0.1, deadline - time.monotonic()))
             found = least_seconds(problem, groups, self.solver, limit, self.gap)
             proven = alone and found is not None and found.proven
             if found is not None:
-                drafts.append(Draft(problem, found.decisions))
+                drafts.append(Draft(problem, found.decisions, footprints))
             improve(drafts[-1], deadline, goal)
             best = _fastest(drafts)
-            improve(best, deadline, goal)
+        improve(best, deadline, goal)
         return best, reachable.bound_seconds, proven
 
     def _bound(self, problem: Problem, *, token_rows: bool) -> Relaxation:
