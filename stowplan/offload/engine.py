@@ -319,8 +319,8 @@ class PlannedBlock:
         )
         warnings.warn(
             f"{self.name}: the first rows of {_listed([value.name for value in values])} do not come out bit for bit "
-            f"as in the whole on this machine, so these values are swapped whole: {format_bytes(more)} more on the host "
-            f"than planned. Plan on this machine, or with exact=False.",
+            f"as in the whole on this machine, so these values are swapped whole: {format_bytes(more)} more on the "
+            f"host than planned. Plan on this machine, or with exact=False.",
             RuntimeWarning,
             stacklevel=2,
         )
