@@ -61,6 +61,8 @@ FLAGS = {
         "--host-budget",
         "--hardware",
         "--dry",
+        "--inexact",
+        "--tolerance",
         "--blocks",
         "--solver",
         "--time-limit",

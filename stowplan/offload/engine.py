@@ -150,6 +150,7 @@ class PlannedBlock:
         self.checks = checks
         self.failure_note = failure_note
         self.tolerance = tolerance
+        self.planned_keys: dict[int, Signature] = {}  # of the first recording of each call: what the plan is for
         self.tapes: dict[Signature, Tape] = {}  # the last recording
         self.courses: dict[Signature, Course | None] = {}  # what to follow; None: keep everything
         self.num_recordings: Counter[Signature] = Counter()
@@ -259,7 +260,7 @@ class PlannedBlock:
                 run.keep_all()
                 warnings.warn(f"{self.name} keeps everything it saves: {reason}.", RuntimeWarning, stacklevel=2)
                 return recording.output
-            course = self._course(tape, key[0], recording, new=not agrees)
+            course = self._course(tape, key, recording, new=not agrees)
             run.follow(course, recording.leaves, self._parameter_of, recording.position)
             run.adopt()
             run.seal()
@@ -294,11 +295,12 @@ class PlannedBlock:
         self.tapes.pop(oldest, None)
         self.courses.pop(oldest, None)
 
-    def _course(self, tape: Tape, call: int, recording: Recording, new: bool) -> Course:
+    def _course(self, tape: Tape, key: Signature, recording: Recording, new: bool) -> Course:
         """The course of a call. What is to be recomputed by rows has to be proved on a ``new`` tape; where it cannot
-        be, all of the value is swapped.
+        be, all of the value is swapped, or recomputed in calls of another signature than the plan is for.
         """
-        actions = self._resolve(tape, call)
+        actions = self._resolve(tape, key[0])
+        as_planned = self.planned_keys.setdefault(key[0], key) == key
         course = Course(tape, actions)
         if not course.rows:
             return course
@@ -308,9 +310,10 @@ class PlannedBlock:
         unproved = course.unproved()
         if not unproved:
             return course
-        if new:
+        if new and as_planned:
             self._tell_unproved(course, unproved)
-        return Course(tape, {**actions, **dict.fromkeys(unproved, Action.SWAP)})
+        instead = Action.SWAP if as_planned else Action.RECOMPUTE
+        return Course(tape, {**actions, **dict.fromkeys(unproved, instead)})
 
     def _tell_unproved(self, course: Course, unproved: Sequence[int]) -> None:
         values = [course.tape.values[value] for value in unproved]

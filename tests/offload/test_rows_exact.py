@@ -159,7 +159,7 @@ def counted(plan: Plan) -> dict[Action, int]:
 
 
 def positions_bytes(plan: Plan) -> int:
-    """Where the generator stood as a block that draws from it began and ended: held until backward, in no prediction."""
+    """Where the generator stood as a block that draws began and ended: held until backward, in no prediction."""
     programs = [plan.step.program_of(block) for block in range(plan.step.num_blocks)]
     drawing = [p for p in programs if any("bernoulli" in op.name for op in p.ops)]
     return 2 * len(drawing) * torch.get_rng_state().nbytes
@@ -236,7 +236,7 @@ def dropped(model: torch.nn.Module) -> None:
 
 
 def of_another_size(model: torch.nn.Module) -> None:
-    """Splits of 64 rows say nothing of 96, or of 20: there values are swapped whole."""
+    """Splits of 64 rows say nothing of 96, or of 20."""
     for batch, sequence in ((3, 32), (2, 10), (2, 32)):
         model(**models.batch_for(0, batch, sequence)).loss.backward()
 

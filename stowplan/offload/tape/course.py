@@ -144,8 +144,9 @@ def _parts(split: Split, row: int) -> Parts:
 def resolved(tape: Tape, planned: Mapping[int, Decision]) -> dict[int, Decision]:
     """What can be done of what is planned, by value: saved values that are not in ``planned`` are kept.
 
-    Where this tape allows less than the plan hoped for (another batch size, a value that has no rows here), the whole
-    value is swapped, or kept if that may not be either.
+    Where this tape allows less than the plan hoped for (another batch size, a value that has no rows here), a value
+    that was to be recomputed in part is recomputed whole, which takes no host bytes that were not planned; else it is
+    swapped, or kept if that may not be either.
     """
     num_rows = num_tokens(tape)
     rules = row_wise(tape, num_rows) if any(isinstance(action, Split) for action in planned.values()) else {}
@@ -157,6 +158,9 @@ def resolved(tape: Tape, planned: Mapping[int, Decision]) -> dict[int, Decision]
             made = action.recomputed == 0 or (Action.RECOMPUTE in allowed and value in by_rows)
             fits = action.recomputed + action.swapped <= num_rows and row_bytes(tape.values[value], num_rows)
             possible = Action.SWAP in allowed and bool(fits) and made
+            if not possible and action.recomputed:
+                action = Action.RECOMPUTE
+                possible = action in allowed
         else:
             possible = action in allowed
         result[value] = action if possible else Action.SWAP if Action.SWAP in allowed else Action.KEEP
