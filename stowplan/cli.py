@@ -108,6 +108,12 @@ def plan_command(
         bool,
         typer.Option("--chunked-head", help="Allow the head and its loss in chunks: not bit for bit, no logits."),
     ] = False,
+    inexact: Annotated[
+        bool, typer.Option("--inexact", help="Allow rows recomputed alone to differ by rounding; losses may, too.")
+    ] = False,
+    tolerance: Annotated[
+        float | None, typer.Option(metavar="FRACTION", help="By how much, with --inexact.  [default: by dtype]")
+    ] = None,
     blocks: Annotated[
         str | None, typer.Option(metavar="DOTTED.NAME", help="The module list that holds the blocks, if not found.")
     ] = None,
@@ -121,6 +127,8 @@ def plan_command(
     """Plan one training step of a model within a memory budget, and report on the plan."""
     with _told_errors():
         _refuse_missing_directory(out)
+        if tolerance is not None and not inexact:
+            raise InvalidArgument("--tolerance goes with --inexact.")
         device_bytes, host_bytes = _size(budget, "--budget"), _size(host_budget, "--host-budget")
         machine = _hardware(hardware)
         _say("making the model")
@@ -138,6 +146,8 @@ def plan_command(
                 optimizer=job.optimizer,
                 hardware=machine,
                 chunked_head=chunked_head or None,
+                exact=not inexact,
+                tolerance=tolerance,
                 blocks=blocks,
                 solver=solver,
                 time_limit_seconds=time_limit,

@@ -133,6 +133,7 @@ def test_what_a_file_says_never_reaches_the_terminal_raw(plan_file: Path) -> Non
         (["--model", "a:b", "--seq-len", "8"], "go with --model-config only"),
         (["--model", "a:b", "--budget", "0.5"], "--budget='0.5' has a fraction but no unit"),
         (["--model", "a:b", "--host-budget", "lots"], "--host-budget='lots' is not a size"),
+        (["--model", "a:b", "--tolerance", "1e-5"], "--tolerance goes with --inexact."),
         (["--model", "a:b", "--hardware", "tpu"], "hardware='tpu' is not known; allowed: a100-sxm"),
         (["--model", "a:b", "--out", "/nowhere/plan.json"], "give a file in a directory that exists"),
         (["--model", "nothing"], "'nothing' is no function; allowed: module:function or path/to/file.py:function"),
@@ -173,6 +174,13 @@ def test_plan_as_json_has_stdout_to_itself(job_file: Path) -> None:
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["budget_bytes"] == 2**30
     assert Plan.from_json(result.stdout).model == "Model"
+
+
+def test_a_plan_need_not_be_exact(job_file: Path) -> None:
+    result = run("plan", "--model", f"{job_file}:job", "--budget", "1GiB", "--json", "--inexact", "--tolerance", "1e-4")
+    assert result.exit_code == 0, result.output
+    plan = Plan.from_json(result.stdout)
+    assert (plan.exact, plan.tolerance) == (False, 1e-4)
 
 
 def test_an_infeasible_budget_names_the_least(job_file: Path) -> None:

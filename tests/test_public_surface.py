@@ -64,6 +64,8 @@ FLAGS = {
         "--hardware",
         "--dry",
         "--chunked-head",
+        "--inexact",
+        "--tolerance",
         "--blocks",
         "--solver",
         "--time-limit",

@@ -105,6 +105,8 @@ class Plan:
         budget_bytes: device bytes this process may use; ``host_budget_bytes`` likewise on the host.
         decisions: per block, an action or a split by rows for each saved value in the order of its program's ``saved``.
         prediction: time and bytes of one step under this plan; ``unplanned`` the same with everything kept.
+        exact: losses and gradients are those of the plain run, bit for bit. If not, rows that are recomputed alone may
+            differ by ``tolerance``, relative to a value's largest number (None: by what is usual for its dtype).
         declined: everything fits without a plan: applying it does nothing and costs nothing.
         assumptions: what the figures rest on, in words.
         measurement: real steps, where there are any.
@@ -124,6 +126,8 @@ class Plan:
     least_budget_bytes: int
     baselines: tuple[Baseline, ...] = ()
     declined: bool = False
+    exact: bool = True
+    tolerance: float | None = None
     assumptions: tuple[str, ...] = ()
     versions: tuple[tuple[str, str], ...] = ()
     measurement: Measurement | None = None

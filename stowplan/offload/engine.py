@@ -20,17 +20,18 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_iter
 
 from stowplan.core.errors import PlanMismatch, ReplayMismatch
-from stowplan.core.program import Action
+from stowplan.core.program import Action, Decision, Split
+from stowplan.core.units import format_bytes
 from stowplan.offload.arguments import Numbers, flatten, signature
 from stowplan.offload.blocks import Block, refuse_compiled, refuse_unsupported
 from stowplan.offload.buffers import Buffers
 from stowplan.offload.copies import CopyEngine, Stop
 from stowplan.offload.intercept import Forward, Interception
-from stowplan.offload.recording import devices_of, parameter_of, record_call
+from stowplan.offload.recording import Recording, devices_of, parameter_of, record_call
 from stowplan.offload.refusals import refuse_callers, refuse_hooks, refuse_switched_on
 from stowplan.offload.tape.checks import Checks
-from stowplan.offload.tape.course import Course, allowed_actions
-from stowplan.offload.tape.proof import prove
+from stowplan.offload.tape.course import Course, allowed_actions, resolved
+from stowplan.offload.tape.proof import Tolerance, prove
 from stowplan.offload.tape.rng import draw_position, set_position
 from stowplan.offload.tape.run import Counters, Departure, Run, unpack
 from stowplan.offload.tape.tape import Origin, Tape
@@ -52,22 +53,24 @@ class Engine:
 
     Args:
         blocks: in order of their calls; a block that is called several times in a forward pass is there as often.
-        decisions: per call, the action of each saved value by name.
+        decisions: per call, what each saved value does, by name.
         copies: moves swapped values.
         counters: what was done is added here.
         checks: compares what is brought back for backward; by default a sample.
         failure_note: goes onto the error of an allocation that fails while values are brought back.
+        tolerance: what rows that are recomputed alone may differ by; None: by no bit.
     """
 
     def __init__(
         self,
         model: torch.nn.Module,
         blocks: Sequence[Block],
-        decisions: Sequence[Mapping[str, Action]],
+        decisions: Sequence[Mapping[str, Decision]],
         copies: CopyEngine,
         counters: Counters | None = None,
         checks: Checks | None = None,
         failure_note: str = "",
+        tolerance: Tolerance | None = None,
     ) -> None:
         refuse_unsupported(model, blocks)
         self.counters = counters if counters is not None else Counters()
@@ -86,6 +89,7 @@ class Engine:
                 self.checks,
                 failure_note,
                 places,
+                tolerance,
             )
             for module, places in calls.items()
             if any(place in passed or _does_something(decisions[place]) for place in places)
@@ -131,12 +135,13 @@ class PlannedBlock:
     def __init__(
         self,
         block: Block,
-        planned: Sequence[Mapping[str, Action]],
+        planned: Sequence[Mapping[str, Decision]],
         copies: CopyEngine,
         counters: Counters,
         checks: Checks,
         failure_note: str = "",
         places: Sequence[int] = (),
+        tolerance: Tolerance | None = None,
     ) -> None:
         self.name, self.module = block
         self.places = places or range(len(planned))
@@ -148,6 +153,8 @@ class PlannedBlock:
         self.counters = counters
         self.checks = checks
         self.failure_note = failure_note
+        self.tolerance = tolerance
+        self.planned_keys: dict[int, Signature] = {}  # of the first recording of each call: what the plan is for
         self.tapes: dict[Signature, Tape] = {}  # the last recording
         self.courses: dict[Signature, Course | None] = {}  # what to follow; None: keep everything
         self.num_recordings: Counter[Signature] = Counter()
@@ -264,7 +271,7 @@ class PlannedBlock:
                 run.keep_all()
                 warnings.warn(f"{self.name} keeps everything it saves: {reason}.", RuntimeWarning, stacklevel=2)
                 return recording.output
-            course = Course(tape, self._resolve(tape, key[0]))
+            course = self._course(tape, key, recording, new=not agrees)
             run.follow(course, recording.leaves, self._parameter_of, recording.position)
             run.adopt()
             run.seal()
@@ -299,10 +306,43 @@ class PlannedBlock:
         self.tapes.pop(oldest, None)
         self.courses.pop(oldest, None)
 
-    def _resolve(self, tape: Tape, call: int) -> dict[int, Action]:
-        """The planned actions by value. At a block's first recording plan and tape must agree on what is saved; another
-        call in the same forward pass (which finds autocast's copies of the weights), or a later signature (another
-        batch size), may save other values, which are kept.
+    def _course(self, tape: Tape, key: Signature, recording: Recording, new: bool) -> Course:
+        """The course of a call. What is to be recomputed by rows has to be proved on a ``new`` tape; where it cannot
+        be, all of the value is swapped, or recomputed in calls of another signature than the plan is for.
+        """
+        actions = self._resolve(tape, key[0])
+        as_planned = self.planned_keys.setdefault(key[0], key) == key
+        course = Course(tape, actions)
+        if not course.rows:
+            return course
+        if new:
+            trials = course.trials(self.tolerance)
+            prove(tape, recording.given, recording.truth(), recording.position, trials=trials)
+        unproved = course.unproved()
+        if not unproved:
+            return course
+        if new and as_planned:
+            self._tell_unproved(course, unproved)
+        instead = Action.SWAP if as_planned else Action.RECOMPUTE
+        return Course(tape, {**actions, **dict.fromkeys(unproved, instead)})
+
+    def _tell_unproved(self, course: Course, unproved: Sequence[int]) -> None:
+        values = [course.tape.values[value] for value in unproved]
+        more = sum(value.size_bytes for value in values) - sum(
+            parts.swapped.stop - parts.swapped.start for value, parts in course.parts.items() if value in unproved
+        )
+        warnings.warn(
+            f"{self.name}: the first rows of {_listed([value.name for value in values])} do not come out bit for bit "
+            f"as in the whole on this machine, so these values are swapped whole: {format_bytes(more)} more on the "
+            f"host than planned. Plan on this machine, or with exact=False.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+    def _resolve(self, tape: Tape, call: int) -> dict[int, Decision]:
+        """The planned decisions by value. At a block's first recording plan and tape must agree on what is saved;
+        another call in the same forward pass (which finds autocast's copies of the weights), or a later signature
+        (another batch size), may save other values, which are kept.
         """
         planned = self.planned[call]
         allowed = allowed_actions(tape)
@@ -317,25 +357,23 @@ class PlannedBlock:
                 f"{_listed(made - planned.keys())}. The plan was made for another model, dtype, attention "
                 f"implementation, autocast setting or mode (train or eval): plan anew with this one."
             )
-        actions: dict[int, Action] = {}
-        for name, value in names.items():
-            action = planned.get(name, Action.KEEP)
-            if action not in allowed[value]:
-                action = Action.SWAP if Action.SWAP in allowed[value] else Action.KEEP
-            actions[value] = action
-        return actions
+        return resolved(tape, {value: planned[name] for name, value in names.items() if name in planned})
 
     def _parameter_of(self, name: str) -> torch.Tensor:
         return parameter_of(self.module, name)
 
 
-def _does_something(actions: Mapping[str, Action]) -> bool:
+def _does_something(actions: Mapping[str, Decision]) -> bool:
     return any(action is not Action.KEEP for action in actions.values())
 
 
-def _passed(decisions: Sequence[Mapping[str, Action]], window: int) -> set[int]:
+def _swaps(action: Decision) -> bool:
+    return action is Action.SWAP or (isinstance(action, Split) and action.swapped > 0)
+
+
+def _passed(decisions: Sequence[Mapping[str, Decision]], window: int) -> set[int]:
     """The calls that come while a block's values are on their way: they are told of, even if they keep everything."""
-    swapping = [place for place, actions in enumerate(decisions) if Action.SWAP in actions.values()]
+    swapping = [place for place, actions in enumerate(decisions) if any(map(_swaps, actions.values()))]
     return {place + ahead for place in swapping for ahead in range(1, window + 1)}
 
 

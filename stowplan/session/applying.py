@@ -22,6 +22,7 @@ from stowplan.offload.intercept import Forward, Interception
 from stowplan.offload.observer import memory_observer
 from stowplan.offload.parallel import class_name, inner_model
 from stowplan.offload.tape.checks import Checks, Verify
+from stowplan.offload.tape.proof import Tolerance
 from stowplan.offload.tape.run import Counters
 from stowplan.session.making import device_of
 from stowplan.session.watching import Watch, failure_note
@@ -74,10 +75,11 @@ class AppliedPlan:
         assert model is not None
         copies = _copies(self.plan, device_of(model))
         blocks, decisions = _named_blocks(model, self.plan), _decisions(self.plan)
-        checks, note = Checks(self._verify), failure_note(self.plan)
+        checks, note = Checks(self._verify, exact=self.plan.exact), failure_note(self.plan)
+        rounding = None if self.plan.exact else Tolerance(self.plan.tolerance)
         head = self.plan.head
         layer = head_named(model, head.module) if head is not None and head.chunk_rows else None
-        self.engine = Engine(model, blocks, decisions, copies, self.counters, checks, note)
+        self.engine = Engine(model, blocks, decisions, copies, self.counters, checks, note, rounding)
         self.head = ChunkedHead(layer, head.chunk_rows) if head is not None and layer is not None else None
         idle = self.plan.declined and not self.watch.strict
         if not idle and self._on_remove is None:  # the model holds it; this table of plans must not hold the model

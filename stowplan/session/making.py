@@ -19,6 +19,7 @@ from stowplan.offload.calibrate import RESERVE_BYTES, device_budget_bytes, host_
 from stowplan.offload.capture.instruments import Instruments
 from stowplan.offload.capture.step import capture
 from stowplan.offload.parallel import bucket_bytes, class_name, keeps_gradients
+from stowplan.offload.tape.proof import DEFAULT_TOLERANCES, Tolerance
 from stowplan.session.batches import describe
 from stowplan.session.heads import Solver, plan_head
 
@@ -54,12 +55,28 @@ class Options(NamedTuple):
     hold_output: bool = True
     on_progress: Callable[[str], None] = lambda message: None
     chunked_head: bool | None = None
+    exact: bool = True
+    tolerance: float | None = None
     bucket_bytes: int = 0
 
     def around(self, model: torch.nn.Module) -> Options:
         """The options for the model inside ``model``, with what the outer one takes by itself."""
         held = self.hold_gradients or keeps_gradients(model)
         return self._replace(hold_gradients=held, bucket_bytes=bucket_bytes(model))
+
+    @property
+    def rounding(self) -> Tolerance | None:
+        """What rows that are recomputed alone may differ by; None: by no bit.
+
+        Raises InvalidArgument for a tolerance that is no small positive number, or goes with an exact plan.
+        """
+        if self.exact:
+            if self.tolerance is not None:
+                raise InvalidArgument(f"tolerance={self.tolerance!r} goes with exact=False; an exact plan needs none.")
+            return None
+        if self.tolerance is not None and not 0 < self.tolerance < 1:
+            raise InvalidArgument(f"tolerance={self.tolerance!r} is not between 0 and 1; 1e-5 suits float32.")
+        return Tolerance(self.tolerance)
 
 
 def make_plan(
@@ -89,6 +106,7 @@ def make_plan(
         instruments=instruments,
         hold_gradients=options.hold_gradients,
         hold_output=options.hold_output,
+        tolerance=options.rounding,
         on_progress=options.on_progress,
     )
     captured = captured.with_buffers(options.bucket_bytes)
@@ -97,6 +115,7 @@ def make_plan(
     dry = instruments is not None and instruments.dry
     chosen = plan_head(model, blocks, captured, solver, options.chunked_head, dry=dry)
     answer = chosen.answer
+    rounding = _rounding(options.rounding) if options.rounding is not None else ()
     reserve = (f"of the free memory {format_bytes(RESERVE_BYTES)} are left alone",) if options.budget == "auto" else ()
     if options.bucket_bytes:
         buckets = (
@@ -117,7 +136,9 @@ def make_plan(
         least_budget_bytes=answer.least_budget_bytes,
         baselines=answer.baselines,
         declined=chosen.declined,
-        assumptions=(*captured.assumptions, *chosen.said, *_standing_assumptions(device, machine), *reserve),
+        assumptions=(*captured.assumptions, *chosen.said, *_standing_assumptions(device, machine), *rounding, *reserve),
+        exact=options.exact,
+        tolerance=options.tolerance,
         versions=_versions(),
         head=chosen.head,
     )
@@ -138,6 +159,17 @@ def _standing_assumptions(device: torch.device, machine: Hardware) -> Iterator[s
         yield "copies to and from the host stop compute"
     if device.type == "cpu":
         yield "the CPU stands in for a device: host bytes are taken from the system beside its allocator"
+
+
+def _rounding(tolerance: Tolerance) -> Iterator[str]:
+    if tolerance.relative is not None:
+        allowed = f"{tolerance.relative:g}"
+    else:
+        allowed = f"{DEFAULT_TOLERANCES[torch.float32]:g} (16-bit numbers: {DEFAULT_TOLERANCES[torch.bfloat16]:g})"
+    yield (
+        f"losses are not bitwise those of the plain run: rows that are recomputed alone may differ from those of the "
+        f"whole by {allowed} of the value's largest number"
+    )
 
 
 class Batch:

@@ -39,6 +39,8 @@ def plan(
     hold_output: bool = True,
     chunked_head: bool | None = None,
     dry: bool | None = None,
+    exact: bool = True,
+    tolerance: float | None = None,
     on_progress: Callable[[str], None] | None = None,
 ) -> Plan:
     """Decide what each block of ``model`` keeps, swaps and recomputes, for the least step time within the budgets.
@@ -68,6 +70,10 @@ def plan(
             no, but the plan or the error says what it would bring where the head has the peak. False: not a word of it.
         dry: capture without running the model. Default: where it cannot run, because it was built without data
             (``stowplan.dry()``, the meta device) or ``hardware`` is another kind of device than the model is on.
+        exact: losses and gradients equal the plain run's bit for bit. False allows rows of values to be recomputed
+            alone where they differ by no more than ``tolerance`` from those of the whole.
+        tolerance: that difference, relative to the value's largest number. Default: 1e-5 for float32, 1/128 for
+            bfloat16 and float16. With ``exact=False`` only.
         on_progress: called with a line of text as the work goes on.
 
     Raises:
@@ -90,7 +96,10 @@ def plan(
         hold_output,
         say,
         chunked_head,
+        exact,
+        tolerance,
     ).around(model)
+    _ = options.rounding  # a mistake is told before anything runs
     model = inner_model(model)
     if dry or (dry is None and (elsewhere or is_fake(model))):
         return plan_dry(model, batch, loss_fn, machine, options)

@@ -54,6 +54,8 @@ def wrap(
     hold_gradients: bool = False,
     hold_output: bool = True,
     chunked_head: bool | None = None,
+    exact: bool = True,
+    tolerance: float | None = None,
     verify: str = "sample",
     strict: bool = False,
 ) -> Model:
@@ -89,7 +91,10 @@ def wrap(
         hold_gradients=hold_gradients,
         hold_output=hold_output,
         chunked_head=chunked_head,
+        exact=exact,
+        tolerance=tolerance,
     )
+    _ = options.rounding  # a mistake is told at once
     wrapper = _Wrapper(inner, loss_fn, options.around(model), verify, strict)
     _wrappers[inner] = weakref.ref(wrapper)
     return model

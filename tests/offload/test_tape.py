@@ -62,7 +62,7 @@ def recomputable_names(tape: Tape) -> set[str]:
 def replay_of(tape: Tape, recording: Recording, *targets: str) -> tuple[Replay, list[torch.Tensor]]:
     """A replay that starts from what the block was given, and the tensors to start it with."""
     given = recording.given
-    replay = Replay(tape, [named(tape, t) for t in targets], (), {v: tape.values[v].geometry for v in given})
+    replay = Replay(tape, {named(tape, t): 0 for t in targets}, (), {v: tape.values[v].geometry for v in given})
     return replay, [given[value] for value in replay.sources]
 
 

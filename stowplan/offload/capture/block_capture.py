@@ -23,7 +23,8 @@ from stowplan.offload.memory_log import Segment
 from stowplan.offload.parallel import class_name
 from stowplan.offload.recording import Recording, record_call
 from stowplan.offload.storages import storage_bytes
-from stowplan.offload.tape.proof import prove
+from stowplan.offload.tape.proof import RowTrials, Tolerance, prove
+from stowplan.offload.tape.rows import grid, num_tokens, row_wise
 from stowplan.offload.tape.run import Counters
 from stowplan.offload.tape.tape import Origin, Tape
 
@@ -100,8 +101,11 @@ def capture_block(
     held_gradients: bool,
     instruments: Instruments,
     gradient_strides: Strides | None = None,
+    tolerance: Tolerance | None = None,
 ) -> tuple[BlockCapture, Any]:
     """Record, prove and measure one call; gives the capture and the call's output. A dry call is not proved.
+
+    First rows made alone must have the bits that they have in the whole, or be within ``tolerance``, to be planned.
 
     ``gradient_strides`` are those that the gradients of the call's outputs will have, where they are not the outputs'
     own: kernels choose their ways, and their scratch memory, by them.
@@ -120,7 +124,7 @@ def capture_block(
     del own_args, own_kwargs
     tape = recording.recorder.tape
     output_values = _output_values(recording)
-    num_refuted = _prove_and_time(tape, recording, instruments) if tape.steady and not instruments.dry else 0
+    num_refuted = _prove_and_time(tape, recording, instruments, tolerance) if tape.steady and not instruments.dry else 0
     alive_bytes, lingering_bytes = _find_holders(recording)
     recording.recorder.finish()
 
@@ -160,11 +164,15 @@ def _output_values(recording: Recording) -> dict[int, int]:
 
 
 # ---- the tape: proof, time and scratch of every op -----------------------------------------------------------------
-def _prove_and_time(tape: Tape, recording: Recording, instruments: Instruments) -> int:
+def _prove_and_time(tape: Tape, recording: Recording, instruments: Instruments, tolerance: Tolerance | None) -> int:
     """Replay against the true values, then time every op and find its scratch memory; gives the number refuted."""
     truth = recording.truth()
     before = sum(op.replayable for op in tape.ops)
-    prove(tape, recording.given, truth, recording.position)
+    num_rows = num_tokens(tape)
+    rules = row_wise(tape, num_rows)
+    points = dict.fromkeys(rules, grid(num_rows, instruments.device))
+    trials = RowTrials(num_rows, rules, points, tolerance)
+    prove(tape, recording.given, truth, recording.position, trials=trials)
     seconds: dict[int, list[float]] = {}
 
     @contextmanager

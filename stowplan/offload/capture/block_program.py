@@ -6,8 +6,9 @@ from collections.abc import Collection
 from enum import Enum
 from typing import NamedTuple
 
-from stowplan.core.program import Op, Value
+from stowplan.core.program import Action, Op, Value
 from stowplan.offload.tape.course import allowed_actions
+from stowplan.offload.tape.rows import num_tokens, row_bytes, row_wise, splits_of
 from stowplan.offload.tape.tape import Origin, Tape, TapeOp
 
 __all__ = ["Casts", "Surroundings", "single_assignment"]
@@ -40,10 +41,13 @@ def single_assignment(
 ) -> tuple[tuple[Value, ...], tuple[Op, ...]]:
     """Values and ops for the planner: parameters and shared inputs left out, a value's versions told apart.
 
-    ``held`` values count no bytes here and stay where they are: others hold them.
+    ``held`` values count no bytes here and stay where they are: others hold them. Values that are not saved have
+    ``num_rows`` and ``splits`` too: the first rows that their op makes alone on the way to a recomputation.
     """
     absent = around.shared - around.loose
     allowed = allowed_actions(tape)
+    num_rows = num_tokens(tape)
+    splits = splits_of(tape, row_wise(tape, num_rows), allowed)
     numbers: dict[tuple[int, int], int] = {}
     values: list[Value] = []
     for number, value in enumerate(tape.values):
@@ -57,6 +61,7 @@ def single_assignment(
             actions = allowed.get(number, ()) if last else ()
             if number in held or (value.lingers and around.casts is Casts.SHARED):
                 actions = actions[:1]
+            divided = last and actions != (Action.KEEP,) and row_bytes(value, num_rows) > 0
             numbers[number, version] = len(values)
             values.append(
                 Value(
@@ -66,6 +71,8 @@ def single_assignment(
                     actions=actions,
                     shape=value.geometry.size,
                     dtype=str(value.geometry.dtype).removeprefix("torch."),
+                    num_rows=num_rows if divided else 0,
+                    splits=splits.get(number, ()) if divided and (not actions or Action.RECOMPUTE in actions) else (),
                     lingers=value.lingers,
                 )
             )

@@ -20,6 +20,7 @@ from stowplan.offload.capture.instruments import Instruments
 from stowplan.offload.capture.stand_in import stand_in
 from stowplan.offload.intercept import Forward, Interception
 from stowplan.offload.memory_log import Segment
+from stowplan.offload.tape.proof import Tolerance
 
 __all__ = ["EMBEDDING_FORWARD", "END", "Call", "Moment", "Outline", "after", "before", "given_back", "handed_on"]
 
@@ -91,6 +92,7 @@ class Outline:
     hold_output: bool
     static: frozenset[int]  # storages that are alive all step: parameters, buffers, the batch
     on_progress: Callable[[str], None]
+    tolerance: Tolerance | None = None  # of rows that are recomputed alone; None: none
     captures: dict[Any, BlockCapture] = field(default_factory=dict)
     calls: list[Call] = field(default_factory=list)
     _templates: dict[Any, Any] = field(default_factory=dict)
@@ -214,13 +216,15 @@ class Outline:
         if kind not in self.captures:
             self.on_progress(f"measuring {self.blocks[block].name} ({type(module).__name__})")
             self.captures[kind], self._templates[kind] = capture_block(
-                module, forward, args, kwargs, self.hold_gradients, self.instruments, strides
+                module, forward, args, kwargs, self.hold_gradients, self.instruments, strides, self.tolerance
             )
         again = (*kind, ADDING)
         repeated = any(call.block == block for call in self.calls)
         if repeated and not self.hold_gradients and again not in self.captures:
             with _zero_gradients(module):
-                self.captures[again], _ = capture_block(module, forward, args, kwargs, True, self.instruments, strides)
+                self.captures[again], _ = capture_block(
+                    module, forward, args, kwargs, True, self.instruments, strides, self.tolerance
+                )
         tensors = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)}
         storages = {i: StorageWeakRef(tensor.untyped_storage()) for i, tensor in tensors.items()}
         call = Call(block, kind, storages, {})

@@ -22,6 +22,7 @@ from stowplan.offload.capture.phases import phases_of
 from stowplan.offload.parallel import is_sharded
 from stowplan.offload.recording import devices_of
 from stowplan.offload.storages import storage_bytes
+from stowplan.offload.tape.proof import Tolerance
 from stowplan.offload.tape.rng import restored
 
 __all__ = ["Capture", "capture"]
@@ -62,6 +63,7 @@ def capture(
     instruments: Instruments | None = None,
     hold_gradients: bool = False,
     hold_output: bool = True,
+    tolerance: Tolerance | None = None,
     on_progress: Callable[[str], None] = lambda message: None,
 ) -> Capture:
     """Run parts of one step of ``model`` and describe the whole of it.
@@ -76,6 +78,7 @@ def capture(
         instruments: what bytes and seconds are measured with; default: the model's device itself.
         hold_gradients: gradients are alive throughout the step (accumulation, ``set_to_none=False``).
         hold_output: the output is alive until backward is over.
+        tolerance: what rows that are recomputed alone may differ by; None: by no bit.
 
     Raises:
         UnsupportedModel: compiled or self-checkpointing blocks, or none called.
@@ -85,7 +88,7 @@ def capture(
     static = frozenset(t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers(), *tensors_in(batch)))
     sharded = any(map(is_sharded, model.modules()))
     adding = hold_gradients and not sharded  # a sharded gradient is added to after the block's backward
-    outline = Outline(blocks, instruments, adding, hold_output, static, on_progress)
+    outline = Outline(blocks, instruments, adding, hold_output, static, on_progress, tolerance)
     with _untouched(model), _without_collections():
         _reset_gradients(model, adding)
         outline.explore(forward, loss_of)

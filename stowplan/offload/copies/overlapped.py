@@ -111,7 +111,7 @@ class OverlappedCopies:
                 num_bytes = content.numel()
                 end = num_bytes if portion.stop is None else portion.stop
                 copy = HostCopy(portion, num_bytes, end, self._abandon)
-                copy.content, copy.compute = content, stop.compute
+                copy.content, copy.complete, copy.compute = content, True, stop.compute
                 copy.span = self.slab.take(end - portion.start)
                 pairs.append((self.slab.view(copy.span), self._part(copy, content)))
                 sent.append(copy)
@@ -189,7 +189,7 @@ class OverlappedCopies:
         mark = self._lanes.to_device.copy(pairs, name, self.trace)
         self._last_fetched = self._unordered_reads = mark
         for (copy, _), content in zip(away, buffers, strict=True):
-            copy.content, copy.mark, copy.compute = content, mark, compute
+            copy.content, copy.complete, copy.mark, copy.compute = content, False, mark, compute
             self._give_back(copy)
         return sum(copy.stop - copy.start for copy, _ in away)
 

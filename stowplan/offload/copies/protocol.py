@@ -36,11 +36,12 @@ class HostCopy:
     ``content`` are the bytes of the value's whole storage on the device, None while there are none; of a new one only
     those from ``start`` to ``stop`` are filled, the others are for somebody else to write. ``mark`` is of the copy that
     is on its way and that compute (``compute``, on whose stream ``content`` was allocated) has not waited for.
+    ``complete`` tells content that is the value's own, all of it, because it never left.
     """
 
     __slots__ = (
-        "__weakref__", "_abandon", "compute", "content", "device", "geometry", "mark", "num_bytes", "span", "start",
-        "stop",
+        "__weakref__", "_abandon", "complete", "compute", "content", "device", "geometry", "mark", "num_bytes", "span",
+        "start", "stop",
     )  # fmt: skip
 
     def __init__(self, portion: Portion, num_bytes: int, stop: int, abandon: Callable[[HostCopy], None]) -> None:
@@ -51,6 +52,7 @@ class HostCopy:
         self.stop = stop
         self.span: Span | None = None
         self.content: torch.Tensor | None = None
+        self.complete = False
         self.mark: Any = None
         self.compute: Any = None
         self._abandon = abandon

@@ -23,6 +23,8 @@ __all__ = ["Checks", "Verify"]
 
 # Of one recomputed value per call, taken in turn.
 _NUM_SAMPLED_BYTES = 128
+# Where rows may be rounded otherwise, what is made from them differs by more: relative to the largest number compared.
+_ROUNDED = 0.1
 
 
 class Verify(StrEnum):
@@ -41,13 +43,14 @@ class Verify(StrEnum):
 
 
 class Witness:
-    """Some bytes of a storage as the forward pass had them."""
+    """Some bytes, or numbers of ``dtype``, of a storage as the forward pass had them."""
 
-    __slots__ = ("chosen", "content")
+    __slots__ = ("chosen", "content", "dtype")
 
-    def __init__(self, content: torch.Tensor, chosen: slice) -> None:
+    def __init__(self, content: torch.Tensor, chosen: slice, dtype: torch.dtype) -> None:
         self.content = content
         self.chosen = chosen
+        self.dtype = dtype
 
 
 def _runs_ahead(device: torch.device) -> bool:
@@ -55,32 +58,46 @@ def _runs_ahead(device: torch.device) -> bool:
 
 
 class Checks:
-    """The comparisons of one engine. ``runs_ahead`` tells devices whose verdicts are read later."""
+    """The comparisons of one engine. ``runs_ahead`` tells devices whose verdicts are read later.
+
+    Where a plan need not be ``exact``, numbers may differ by a tenth of the largest that is compared: rounding is let
+    pass, another scale or another mask is not.
+    """
 
     def __init__(
-        self, verify: Verify = Verify.SAMPLE, runs_ahead: Callable[[torch.device], bool] = _runs_ahead
+        self,
+        verify: Verify = Verify.SAMPLE,
+        runs_ahead: Callable[[torch.device], bool] = _runs_ahead,
+        exact: bool = True,
     ) -> None:
         self.verify = verify
+        self._exact = exact
         self._runs_ahead = runs_ahead
         self._pending: list[tuple[torch.Tensor, str, str]] = []
 
     def witness(self, tensor: torch.Tensor, turn: int) -> Witness:
         """A copy of what ``verify`` asks to be compared of ``tensor``'s storage; ``turn`` shifts the sample."""
+        rounded = not self._exact and tensor.is_floating_point()
+        dtype = tensor.dtype if rounded else torch.uint8
+        content = content_of(tensor).view(dtype)
         if self.verify is Verify.ALL:
-            return Witness(content_of(tensor).clone(), slice(None))
-        num_bytes = tensor.untyped_storage().nbytes()
+            return Witness(content.clone(), slice(None), dtype)
+        num_bytes = content.numel() * content.element_size()
         step = max(1, num_bytes // _NUM_SAMPLED_BYTES) | 1  # odd: every byte of a number gets its turn
         chosen = slice(turn % min(step, max(num_bytes, 1)), None, step)
-        return Witness(content_of(tensor)[chosen].clone(), chosen)
+        if rounded:
+            step = max(1, content.numel() // _NUM_SAMPLED_BYTES)
+            chosen = slice(turn % step, None, step)
+        return Witness(content[chosen].clone(), chosen, dtype)
 
     def compare(self, witness: Witness, tensor: torch.Tensor, block: str, value: str) -> None:
         """Raise ReplayMismatch if ``tensor`` is not what was witnessed, now or when checks are settled."""
-        found = content_of(tensor)[witness.chosen]
-        if not self._runs_ahead(tensor.device):
-            if not torch.equal(witness.content, found):
-                raise _mismatch(block, value)
-            return
-        self._pending.append(((witness.content != found).any(), block, value))
+        found = content_of(tensor).view(witness.dtype)[witness.chosen]
+        differs = _differs(witness.content, found)
+        if self._runs_ahead(tensor.device):
+            self._pending.append((differs, block, value))
+        elif differs:
+            raise _mismatch(block, value)
 
     def settle(self) -> None:
         """Wait for the verdicts that are still on the device. Raises ReplayMismatch for the first bad one."""
@@ -96,6 +113,15 @@ class Checks:
         """Settle, and compare at once whatever comes later: nobody will ask any more."""
         self._runs_ahead = lambda device: False
         self.settle()
+
+
+def _differs(expected: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    """Bytes: in any; numbers: in any by more than rounding, as far as that can be told."""
+    if not expected.is_floating_point():
+        return (expected != found).any()
+    a, b = expected.float(), found.float()
+    same = (a == b) | (a.isnan() & b.isnan()) | ((a - b).abs() <= _ROUNDED * a.abs().max())
+    return ~same.all()
 
 
 def _mismatch(block: str, value: str) -> ReplayMismatch:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import NamedTuple
 
 import torch
 
-from stowplan.core.program import Action
+from stowplan.core.program import Action, Decision, Split
+from stowplan.offload.tape.proof import RowTrials, Tolerance
 from stowplan.offload.tape.replay import Replay
 from stowplan.offload.tape.rng import random_devices
+from stowplan.offload.tape.rows import num_tokens, row_bytes, row_wise, rows_at
 from stowplan.offload.tape.tape import Geometry, Origin, Tape
 
-__all__ = ["Course", "Fate", "SlotCourse", "allowed_actions"]
+__all__ = ["Course", "Fate", "Parts", "SlotCourse", "allowed_actions", "resolved"]
 
 
 class Fate(Enum):
@@ -24,6 +26,14 @@ class Fate(Enum):
     KEEP = "keep"
     SWAP = "swap"
     RECOMPUTE = "recompute"
+    SPLIT = "split"
+
+
+class Parts(NamedTuple):
+    """Where the parts of a split value are in its storage, in bytes: recomputed, swapped, kept, in this order."""
+
+    swapped: slice
+    kept: slice
 
 
 class SlotCourse(NamedTuple):
@@ -40,22 +50,29 @@ class SlotCourse(NamedTuple):
 
 
 class Course:
-    """What packing, swapping and replaying follow. ``actions`` has an entry for every saved value but parameters."""
+    """What packing, swapping and replaying follow. ``actions`` has an entry for every saved value but parameters, as
+    ``resolved`` gives them.
+    """
 
-    def __init__(self, tape: Tape, actions: Mapping[int, Action]) -> None:
+    def __init__(self, tape: Tape, actions: Mapping[int, Decision]) -> None:
         self.tape = tape
         self.actions = dict(actions)
-        self.targets = tuple(v for v, action in actions.items() if action is Action.RECOMPUTE)
         self.writes_buffers = tape.writes_buffers
+        splits = {v: action for v, action in actions.items() if isinstance(action, Split)}
+        self.num_rows = num_tokens(tape) if splits else 0
+        self.parts = {v: _parts(split, row_bytes(tape.values[v], self.num_rows)) for v, split in splits.items()}
+        self.rows = {v: split.recomputed for v, split in splits.items() if split.recomputed}
+        self._rules = row_wise(tape, self.num_rows) if self.rows else {}
+        self.targets = tuple(v for v, action in actions.items() if action is Action.RECOMPUTE or v in self.rows)
         self.open_ended = tape.prefix is not None  # more tensors may be saved than ``slots``, and are kept
         lasting = {slot.value for slot in tape.lasting_slots}
-        self._available = {v for v, action in actions.items() if action is not Action.RECOMPUTE and v in lasting}
+        self._available = {v for v in actions if v not in self.targets and v in lasting}
         ops, sources = tape.closure(self.targets, self._available)
         self.sources = frozenset(sources)
         self.random = random_devices(tape) if any(tape.ops[k].random for k in ops) else ()
         self.slots = tuple(
             SlotCourse(
-                Fate(actions[slot.value].value) if slot.value in actions else Fate.PASS,
+                _fate(actions.get(slot.value)),
                 not slot.newest and slot.value not in sources,
                 slot.value in sources,
                 slot.value,
@@ -73,7 +90,7 @@ class Course:
         self.parameters = tuple((v, values[v].parameter) for v in sources if values[v].origin is Origin.PARAMETER)
         self._geometries = {v: values[v].geometry for v in sources}
         for slot in reversed(tape.lasting_slots):  # a source that was saved is held as its first slot saw it
-            if slot.value in actions:
+            if slot.value in actions and slot.value not in splits:
                 self._geometries[slot.value] = slot.geometry
         self._replays: dict[tuple[int, ...], Replay] = {}
         self.turns = itertools.count()  # of calls, for what is done in turn
@@ -81,8 +98,82 @@ class Course:
     def replay(self, targets: tuple[int, ...]) -> Replay:
         """The function that makes ``targets``; compiled at first use."""
         if targets not in self._replays:
-            self._replays[targets] = Replay(self.tape, targets, self._available, self._geometries)
+            rows = {value: self.rows.get(value, 0) for value in targets}
+            self._replays[targets] = Replay(
+                self.tape, rows, self._available, self._geometries, self.num_rows, self._rules
+            )
         return self._replays[targets]
+
+    def recomputed_bytes(self, value: int) -> int:
+        """Bytes of a target that a replay makes."""
+        parts = self.parts.get(value)
+        return self.tape.values[value].size_bytes if parts is None else int(parts.swapped.start)
+
+    def trials(self, tolerance: Tolerance | None) -> RowTrials:
+        """What the proof has to try before values are recomputed by rows."""
+        points: dict[int, set[int]] = {}
+        for value, rows in self.rows.items():
+            for op in self._ops_by_rows(value):
+                points.setdefault(op, set()).add(rows)
+        return RowTrials(self.num_rows, self._rules, {op: sorted(rows) for op, rows in points.items()}, tolerance)
+
+    def unproved(self) -> list[int]:
+        """Values whose first rows do not come out as in the whole, as far as has been tried."""
+        splits = {k: op.splits for k, op in enumerate(self.tape.ops)}
+        return [v for v, rows in self.rows.items() if any(rows not in splits[op] for op in self._ops_by_rows(v))]
+
+    def _ops_by_rows(self, value: int) -> Sequence[int]:
+        """The ops that make no more than the first rows of ``value``, or of what it is made from."""
+        targets = {target: self.rows.get(target, 0) for target in self.targets}
+        others = self.rows.keys() - {value}
+        ops, sources = self.tape.closure(targets, self._available)
+        alone = {target: rows for target, rows in targets.items() if target not in others}
+        return tuple(rows_at(self.tape, self._rules, ops, alone, sources | others, proved=False))
+
+
+def _fate(action: Decision | None) -> Fate:
+    if action is None:
+        return Fate.PASS
+    return Fate.SPLIT if isinstance(action, Split) else Fate(action.value)
+
+
+def _parts(split: Split, row: int) -> Parts:
+    begin, end = split.recomputed * row, (split.recomputed + split.swapped) * row
+    return Parts(slice(begin, end), slice(end, None))
+
+
+def resolved(tape: Tape, planned: Mapping[int, Decision]) -> dict[int, Decision]:
+    """What can be done of what is planned, by value: saved values that are not in ``planned`` are kept.
+
+    Where this tape allows less than the plan hoped for (another batch size, a value that has no rows here), a value
+    that was to be recomputed in part is recomputed whole, which takes no host bytes that were not planned; else it is
+    swapped, or kept if that may not be either.
+    """
+    num_rows = num_tokens(tape)
+    rules = row_wise(tape, num_rows) if any(isinstance(action, Split) for action in planned.values()) else {}
+    by_rows = {value for rule in rules.values() for _, value in rule.makes}
+    result: dict[int, Decision] = {}
+    for value, allowed in allowed_actions(tape).items():
+        action = _simplified(planned.get(value, Action.KEEP), num_rows)
+        if isinstance(action, Split):
+            made = action.recomputed == 0 or (Action.RECOMPUTE in allowed and value in by_rows)
+            fits = action.recomputed + action.swapped <= num_rows and row_bytes(tape.values[value], num_rows)
+            possible = Action.SWAP in allowed and bool(fits) and made
+            if not possible and action.recomputed:
+                action = Action.RECOMPUTE
+                possible = action in allowed
+        else:
+            possible = action in allowed
+        result[value] = action if possible else Action.SWAP if Action.SWAP in allowed else Action.KEEP
+    return result
+
+
+def _simplified(action: Decision, num_rows: int) -> Decision:
+    """A split that leaves the value whole is no split."""
+    if isinstance(action, Split):
+        whole = {(0, 0): Action.KEEP, (num_rows, 0): Action.RECOMPUTE, (0, num_rows): Action.SWAP}
+        return whole.get((action.recomputed, action.swapped), action)
+    return action
 
 
 def allowed_actions(tape: Tape) -> dict[int, tuple[Action, ...]]:

@@ -12,24 +12,25 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from stowplan.core.errors import ReplayMismatch
-from stowplan.core.program import Action
+from stowplan.core.program import Action, Split
 from stowplan.offload.copies.protocol import CopyEngine, HostCopy, Portion, Stop
 from stowplan.offload.observer import is_allocation_failure
 from stowplan.offload.tape.checks import Checks, Verify, Witness
 from stowplan.offload.tape.course import Course, Fate, SlotCourse
+from stowplan.offload.tape.parted import Parted
 from stowplan.offload.tape.replay import Strayed, view_of
 from stowplan.offload.tape.rng import Position, draw_position
 from stowplan.offload.tape.tape import Geometry
 
 _CPU = torch.device("cpu")
-_PASS, _KEEP, _SWAP = Fate.PASS, Fate.KEEP, Fate.SWAP
+_PASS, _KEEP, _SWAP, _SPLIT = Fate.PASS, Fate.KEEP, Fate.SWAP, Fate.SPLIT
 
 __all__ = ["Cell", "Counters", "Departure", "Run", "unpack"]
 
@@ -61,7 +62,7 @@ class Cell:
         self.value = value
         self.tensor: torch.Tensor | None = None
         self.version: int | None = None
-        self.host: HostCopy | None = None
+        self.host: HostCopy | Parted | None = None
 
 
 class Run:
@@ -84,7 +85,7 @@ class Run:
         self.slots: Iterator[SlotCourse] = iter(())  # those to come
         self.cells: dict[int, Cell] = {}
         self.departing: dict[int, tuple[Portion, int]] = {}  # to leave when the block is over, with versions
-        self.sources: dict[int, torch.Tensor | HostCopy] = {}
+        self.sources: dict[int, torch.Tensor | HostCopy | Parted] = {}
         self.versions: list[tuple[torch.Tensor, int, int]] = []
         self.waiting: list[weakref.ref[Cell]] = []
         self.witnesses: dict[int, Witness] = {}  # of values that will be compared when they are back
@@ -155,11 +156,18 @@ class Run:
                 cell = cells[value] = Cell(self, value)
                 if fate is _SWAP:
                     departing[value] = Portion(tensor.detach(), geometry), tensor._version
+                elif fate is _SPLIT:
+                    departing[value] = self._portion(value, tensor.detach(), geometry), tensor._version
                 if value in witnessed:
                     self._witness(value, tensor)
             return cell, geometry
 
         return pack
+
+    def _portion(self, value: int, tensor: torch.Tensor, geometry: Geometry) -> Portion:
+        """The rows of a split value that leave; there may be none."""
+        swapped = self.course.parts[value].swapped
+        return Portion(tensor, geometry, swapped.start, swapped.stop)
 
     def pack_recording(self, tensor: torch.Tensor, value: int, geometry: Geometry) -> Any:
         """Like ``packer``'s hook, while the tape is still being written: everything is held until ``adopt``."""
@@ -184,6 +192,9 @@ class Run:
                 continue
             if action is Action.SWAP:
                 self.departing[value] = Portion(cell.tensor, Geometry.of(cell.tensor)), cell.tensor._version
+            elif isinstance(action, Split):
+                portion = self._portion(value, cell.tensor, Geometry.of(cell.tensor))
+                self.departing[value] = portion, cell.tensor._version
             if value in self.witnessed:
                 self._witness(value, cell.tensor)
             cell.tensor, cell.version = None, None
@@ -209,12 +220,22 @@ class Run:
             if portion.tensor._version != version:
                 raise Departure(f"{self.course.tape.values[value].name} is changed in place after it was saved")
         assert self.stop is not None
-        sent = self.copies.send(self.stop, [portion for portion, _ in self.departing.values()])
-        for value, host in zip(self.departing, sent, strict=True):
-            self.cells[value].host = host
+        course = self.course
+        away: dict[int, HostCopy | Parted] = {}
+        for value, parts in course.parts.items():
+            if value in self.departing:
+                tensor, geometry = self.departing[value][0].tensor, course.tape.values[value].geometry
+                away[value] = Parted(tensor, parts.kept, geometry)
+        leaving = {v: portion for v, (portion, _) in self.departing.items() if portion.start != portion.stop}
+        for value, host in zip(leaving, self.copies.send(self.stop, list(leaving.values())), strict=True):
             self.counters.swapped_bytes += host.stop - host.start
-            if value in self.course.sources:
-                self.sources[value] = host
+            parted = away.setdefault(value, host)
+            if isinstance(parted, Parted):
+                parted.copy = host
+        for value, source in away.items():
+            self.cells[value].host = source
+            if value in course.sources:
+                self.sources[value] = source
         self.departing.clear()
         if _CPU in self.position:
             self.ending = draw_position([_CPU])
@@ -237,22 +258,18 @@ class Run:
             raise
 
     def _restore(self) -> None:
+        course = self.course
         wanted = {cell.value: cell for ref in self.waiting if (cell := ref()) is not None}
-        targets = tuple(v for v in self.course.targets if v in wanted)
-        replay = self.course.replay(targets) if targets else None
-        if replay is not None:
+        self._fetch(cell.host for cell in wanted.values())
+        for cell in wanted.values():
+            if cell.host is not None:
+                cell.tensor = cell.host.tensor
+        targets = tuple(v for v in course.targets if v in wanted and not _is_complete(wanted[v].host))
+        if targets:
             for tensor, version, value in self.versions:
                 if tensor._version != version:
-                    raise _changed(self.course.tape.values[value].name)
-        self._fetch(wanted.values(), replay.sources if replay is not None else ())
-        if replay is not None:
-            try:
-                tensors = replay([self._source(value) for value in replay.sources], self.position, self.ending)
-            except Strayed:
-                raise _disturbed(self.name) from None
-            for value, tensor in zip(targets, tensors, strict=True):
-                wanted[value].tensor = tensor
-                self.counters.recomputed_bytes += self.course.tape.values[value].size_bytes
+                    raise _changed(course.tape.values[value].name)
+            self._replay(targets, wanted)
         for value, witness in self.witnesses.items():
             if value in wanted and (tensor_back := wanted[value].tensor) is not None:
                 self.checks.compare(witness, tensor_back, self.name, self.course.tape.values[value].name)
@@ -263,28 +280,43 @@ class Run:
         self.versions.clear()
         self.witnesses.clear()
 
-    def _fetch(self, wanted: Collection[Cell], sources: Collection[int]) -> None:
-        """Have what is on the host back: for cells, and for the replay alone."""
-        away = {cell.value: cell.host for cell in wanted if cell.host is not None}
-        for value in sources:
-            source = self.sources.get(value)
-            if isinstance(source, HostCopy):
-                away[value] = source
+    def _fetch(self, hosts: Iterable[torch.Tensor | HostCopy | Parted | None]) -> None:
+        """Have what is on the host back."""
+        copies = [host.copy if isinstance(host, Parted) else host for host in hosts]
         assert self.stop is not None
-        self.counters.returned_bytes += self.copies.fetch(self.stop, list(away.values()))
-        for cell in wanted:
-            if cell.host is not None:
-                cell.tensor = cell.host.tensor
+        away = [copy for copy in copies if isinstance(copy, HostCopy)]
+        self.counters.returned_bytes += self.copies.fetch(self.stop, away)
+
+    def _replay(self, targets: tuple[int, ...], wanted: Mapping[int, Cell]) -> None:
+        """Make ``targets`` again, whole or their first rows, from sources that only the replay wants and others."""
+        course = self.course
+        replay = course.replay(targets)
+        lone = [source for v in replay.sources if v not in wanted and (source := self.sources.get(v)) is not None]
+        if any(not isinstance(source, torch.Tensor) for source in lone):
+            self._fetch(lone)
+        joined = [tensor for v in replay.joined if (tensor := wanted[v].tensor) is not None]
+        try:
+            tensors = replay([self._source(v) for v in replay.sources], self.position, self.ending, joined)
+        except Strayed:
+            raise _disturbed(self.name) from None
+        for value, tensor in zip(replay.whole, tensors, strict=True):
+            wanted[value].tensor = tensor
+        self.counters.recomputed_bytes += sum(course.recomputed_bytes(value) for value in targets)
 
     def _source(self, value: int) -> torch.Tensor:
         source = self.sources.get(value)
-        if isinstance(source, HostCopy):
+        if isinstance(source, HostCopy | Parted):
             return source.tensor
         if source is not None:
             return source
         constant = self.course.tape.values[value].constant
         assert constant is not None
         return constant
+
+
+def _is_complete(host: HostCopy | Parted | None) -> bool:
+    """Is a value that was to be recomputed by rows still there?"""
+    return isinstance(host, Parted) and host.complete
 
 
 def unpack(packed: Any) -> torch.Tensor:

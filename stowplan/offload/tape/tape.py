@@ -73,6 +73,7 @@ class TapeOp:
     seconds: float = field(default=0.0, compare=False)
     workspace_bytes: int = field(default=0, compare=False)
     flops: int = field(default=0, compare=False)
+    splits: tuple[int, ...] = field(default=(), compare=False)  # first rows proved to be the same made alone
 
 
 @dataclass(slots=True)
