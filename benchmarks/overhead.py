@@ -24,8 +24,9 @@ from stowplan import session
 from stowplan.core.program import Action
 from stowplan.offload.blocks import find_blocks
 from stowplan.offload.copies import PlainCopies
-from stowplan.offload.engine import Engine, PlannedBlock
+from stowplan.offload.engine import Engine
 from stowplan.offload.host_slab import HostSlab
+from stowplan.offload.planned_block import PlannedBlock
 from stowplan.offload.tape.checks import Checks
 from stowplan.offload.tape.replay import below_autograd
 from stowplan.offload.tape.run import Counters

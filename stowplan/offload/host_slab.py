@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import threading
 import warnings
 import weakref
-from bisect import insort
 from collections import deque
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -42,6 +43,7 @@ class HostSlab:
         self.overflow_bytes = 0
         self._device = device
         self._bytes = _host_bytes(self.size_bytes, device)
+        self._address = self._bytes.data_ptr()
         self._holes = [Span(0, self.size_bytes)]
         # What was given back and is not joined to the holes yet. A value may be given back while the garbage collector
         # runs in the middle of ``take``, or by a thread of autograd: appending is all that ``give_back`` does.
@@ -55,23 +57,43 @@ class HostSlab:
             return self.size_bytes - sum(hole.size_bytes for hole in self._holes)
 
     def take(self, size_bytes: int) -> Span:
-        """Reserve ``size_bytes`` (rounded up to 64 in the slab)."""
-        if not size_bytes:
-            return Span(0, 0)
-        need = _aligned(size_bytes)
+        """Reserve ``size_bytes``."""
+        return self.take_all([size_bytes])[0]
+
+    def take_all(self, sizes: Sequence[int]) -> list[Span]:
+        """Reserve a span for each of ``sizes`` in bytes, at multiples of 64, side by side if there is room."""
+        needs = [_aligned(size) for size in sizes]
         with self._at_work:
             self._join_returned()
-            for i, hole in enumerate(self._holes):
-                if hole.size_bytes >= need:
-                    rest = Span(hole.start + need, hole.size_bytes - need)
-                    self._holes[i : i + 1] = [rest] if rest.size_bytes else []
-                    return Span(hole.start, size_bytes)
+            starts = self._carve(needs)
+        return [
+            Span(start, size) if start >= 0 else self._beside(size, need)
+            for start, size, need in zip(starts, sizes, needs, strict=True)
+        ]
+
+    def _carve(self, needs: list[int]) -> list[int]:
+        """Where each fits, -1 for what does not."""
+        total = sum(needs)
+        if not total:
+            return [0] * len(needs)
+        hole = self._first_hole(total)
+        if hole is None:
+            return [self._carve([need])[0] for need in needs] if len(needs) > 1 else [-1]
+        start = self._holes[hole].start
+        rest = Span(start + total, self._holes[hole].size_bytes - total)
+        self._holes[hole : hole + 1] = [rest] if rest.size_bytes else []
+        return [start + before for before in itertools.accumulate(needs[:-1], initial=0)]
+
+    def _first_hole(self, size_bytes: int) -> int | None:
+        return next((i for i, hole in enumerate(self._holes) if hole.size_bytes >= size_bytes), None)
+
+    def _beside(self, size_bytes: int, need: int) -> Span:
         if not self.overflow_bytes:
             warnings.warn(
                 f"the host slab of {format_bytes(self.size_bytes)} is full: swapped values now take host memory beyond "
                 f"the plan. More forward passes are in flight than were planned for, or the batch has grown.",
                 RuntimeWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
         self.overflow_bytes += need
         return Span(-1, size_bytes, _host_bytes(need, self._device))
@@ -82,22 +104,31 @@ class HostSlab:
             return span.overflow[: span.size_bytes]
         return self._bytes[span.start : span.start + span.size_bytes]
 
+    def address(self, span: Span) -> int:
+        """Where the span's bytes begin."""
+        return self._address + span.start if span.overflow is None else span.overflow.data_ptr()
+
     def give_back(self, span: Span) -> None:
         """Free a span that ``take`` gave."""
         if span.overflow is None and span.size_bytes:
             self._returned.append(span)
 
     def _join_returned(self) -> None:
+        if not self._returned:
+            return
+        holes = self._holes
         while self._returned:
             span = self._returned.popleft()
-            insort(self._holes, Span(span.start, _aligned(span.size_bytes)))
-            joined: list[Span] = []
-            for hole in self._holes:
-                if joined and joined[-1].start + joined[-1].size_bytes == hole.start:
-                    joined[-1] = Span(joined[-1].start, joined[-1].size_bytes + hole.size_bytes)
-                else:
-                    joined.append(hole)
-            self._holes = joined
+            holes.append(Span(span.start, _aligned(span.size_bytes)))
+        holes.sort()
+        joined = [holes[0]]
+        for hole in holes[1:]:
+            last = joined[-1]
+            if last.start + last.size_bytes == hole.start:
+                joined[-1] = Span(last.start, last.size_bytes + hole.size_bytes)
+            else:
+                joined.append(hole)
+        self._holes = joined
 
 
 def _host_bytes(size_bytes: int, device: torch.device | None) -> torch.Tensor:

@@ -115,6 +115,18 @@ class Holder:
         self.slab.give_back(self.span)
 
 
+def test_spans_taken_together_lie_side_by_side_where_there_is_room() -> None:
+    slab = HostSlab(6 * ALIGNMENT)
+    assert [span.start for span in slab.take_all([ALIGNMENT, 0, 2 * ALIGNMENT])] == [0, ALIGNMENT, ALIGNMENT]
+    hole = slab.take(ALIGNMENT)
+    slab.take(2 * ALIGNMENT)
+    slab.give_back(hole)
+    with pytest.warns(RuntimeWarning, match="is full"):
+        spans = slab.take_all([ALIGNMENT, ALIGNMENT])
+    assert [span.start for span in spans] == [hole.start, -1]
+    assert spans[1].overflow is not None
+
+
 def test_what_the_collector_gives_back_in_the_middle_of_a_take(monkeypatch: pytest.MonkeyPatch) -> None:
     """The collector may run wherever an object is made, so also between two steps of joining holes."""
     slab = HostSlab(8 * ALIGNMENT)
@@ -123,14 +135,14 @@ def test_what_the_collector_gives_back_in_the_middle_of_a_take(monkeypatch: pyte
         slab.give_back(span)
     late = [Holder(slab, span) for span in spans[1::2]]
 
-    def insort_and_collect(holes: list[Span], span: Span) -> None:
-        insort(holes, span)
+    def align_and_collect(size_bytes: int) -> int:
         if late:
             late.pop()
             gc.collect()
+        return aligned(size_bytes)
 
-    insort = host_slab.insort
-    monkeypatch.setattr(host_slab, "insort", insort_and_collect)
+    aligned = host_slab._aligned
+    monkeypatch.setattr(host_slab, "_aligned", align_and_collect)
     assert slab.take(8 * ALIGNMENT) == Span(0, 8 * ALIGNMENT)
     assert not late
     assert slab.used_bytes == slab.size_bytes

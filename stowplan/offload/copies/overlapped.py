@@ -104,17 +104,13 @@ class OverlappedCopies:
             self.trace.add("compute", stop.name, "forward", stop.started, stop.compute.stamp())
         if not portions:
             return []
-        sent, pairs = [], []
+        sent = [HostCopy(portion, self._abandon) for portion in portions]
         with self._at_work:
-            for portion in portions:
-                content = content_of(portion.tensor)
-                num_bytes = content.numel()
-                end = num_bytes if portion.stop is None else portion.stop
-                copy = HostCopy(portion, num_bytes, end, self._abandon)
-                copy.content, copy.complete, copy.compute = content, True, stop.compute
-                copy.span = self.slab.take(end - portion.start)
-                pairs.append((self.slab.view(copy.span), self._part(copy, content)))
-                sent.append(copy)
+            spans = self.slab.take_all([copy.stop - copy.start for copy in sent])
+            pairs = []
+            for copy, portion, span in zip(sent, portions, spans, strict=True):
+                copy.content, copy.complete, copy.compute, copy.span = portion.tensor, True, stop.compute, span
+                pairs.append((self.slab.view(span), self._part(copy, portion.tensor)))
             self._lane_waits_for_reads()
             self._lane_waits_for_values(stop.compute)
             mark = self._last_sent = self._lanes.to_host.copy(pairs, stop.name, self.trace)
@@ -180,7 +176,7 @@ class OverlappedCopies:
         away = [(copy, copy.span) for copy in copies if copy.content is None and copy.span is not None]
         if not away:
             return 0
-        buffers = [torch.empty(copy.num_bytes, dtype=torch.uint8, device=copy.device) for copy, _ in away]
+        buffers = [copy.new_content() for copy, _ in away]
         pairs = [
             (self._part(copy, content), self.slab.view(span))
             for (copy, span), content in zip(away, buffers, strict=True)
@@ -244,9 +240,8 @@ class OverlappedCopies:
 
     def _part(self, copy: HostCopy, content: torch.Tensor) -> torch.Tensor:
         """Those of the storage's bytes that travel."""
-        if copy.stop - copy.start == copy.num_bytes:
-            return content
-        return content[copy.start : copy.stop]
+        whole = content_of(content)
+        return whole if copy.stop - copy.start == copy.num_bytes else whole[copy.start : copy.stop]
 
     def _trace_backward(self, name: str | None, compute: Compute) -> None:
         """A block's backward is drawn until the next one begins, or the next forward."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
-
-import torch
 
 from stowplan.offload.copies.protocol import HostCopy, Passage, Portion, Stop
 from stowplan.offload.host_slab import HostSlab
 from stowplan.offload.storages import content_of
 
 __all__ = ["PlainCopies"]
+
+# On the CPU, fewer bytes than this are moved by one call, more by torch's threads.
+_FEW_BYTES = 1 << 18
 
 
 class PlainCopies:
@@ -27,26 +29,31 @@ class PlainCopies:
 
     def send(self, stop: Stop, portions: Sequence[Portion]) -> list[HostCopy]:
         slab = self.slab
-        sent = []
-        for portion in portions:
-            content = content_of(portion.tensor)
-            num_bytes = content.numel()
-            end = num_bytes if portion.stop is None else portion.stop
-            copy = HostCopy(portion, num_bytes, end, self._release)
-            copy.span = slab.take(end - portion.start)
-            slab.view(copy.span).copy_(content if end - portion.start == num_bytes else content[portion.start : end])
-            sent.append(copy)
+        sent = [HostCopy(portion, self._release) for portion in portions]
+        spans = slab.take_all([copy.stop - copy.start for copy in sent])
+        for copy, portion, span in zip(sent, portions, spans, strict=True):
+            copy.span = span
+            size = span.size_bytes
+            if size < _FEW_BYTES and copy.device.type == "cpu":
+                ctypes.memmove(slab.address(span), portion.tensor.untyped_storage().data_ptr() + copy.start, size)
+            else:
+                slab.view(span).copy_(content_of(portion.tensor)[copy.start : copy.stop])
         return sent
 
     def fetch(self, stop: Stop, copies: Sequence[HostCopy]) -> int:
+        slab = self.slab
         travelling = 0
         for copy in copies:
             if copy.content is not None:
                 continue
-            assert copy.span is not None
-            content = torch.empty(copy.num_bytes, dtype=torch.uint8, device=copy.device)
+            span = copy.span
+            assert span is not None
             size = copy.stop - copy.start
-            (content if size == copy.num_bytes else content[copy.start : copy.stop]).copy_(self.slab.view(copy.span))
+            content = copy.new_content()
+            if size < _FEW_BYTES and copy.device.type == "cpu":
+                ctypes.memmove(content.untyped_storage().data_ptr() + copy.start, slab.address(span), size)
+            else:
+                content_of(content)[copy.start : copy.stop].copy_(slab.view(span))
             copy.content = content
             self._release(copy)
             travelling += size

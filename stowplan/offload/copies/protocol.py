@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -33,9 +34,9 @@ class Portion(NamedTuple):
 class HostCopy:
     """A value on the host. Its host bytes go back when they have been read, or nobody wants them.
 
-    ``content`` are the bytes of the value's whole storage on the device, None while there are none; of a new one only
-    those from ``start`` to ``stop`` are filled, the others are for somebody else to write. ``mark`` is of the copy that
-    is on its way and that compute (``compute``, on whose stream ``content`` was allocated) has not waited for.
+    ``content`` is a tensor over the value's whole storage on the device, None while there is none; of a new one only
+    the bytes from ``start`` to ``stop`` are filled, the others are for somebody else to write. ``mark`` is of the copy
+    that is on its way and that compute (``compute``, on whose stream ``content`` was allocated) has not waited for.
     ``complete`` tells content that is the value's own, all of it, because it never left.
     """
 
@@ -44,18 +45,24 @@ class HostCopy:
         "start", "stop",
     )  # fmt: skip
 
-    def __init__(self, portion: Portion, num_bytes: int, stop: int, abandon: Callable[[HostCopy], None]) -> None:
-        self.device = portion.tensor.device
-        self.geometry = portion.geometry
-        self.num_bytes = num_bytes  # of the whole storage
-        self.start = portion.start
-        self.stop = stop
+    def __init__(self, portion: Portion, abandon: Callable[[HostCopy], None]) -> None:
+        tensor, self.geometry, self.start, stop = portion
+        self.device = tensor.device
+        self.num_bytes = tensor.untyped_storage().nbytes()  # of the whole storage
+        self.stop = self.num_bytes if stop is None else stop
         self.span: Span | None = None
         self.content: torch.Tensor | None = None
         self.complete = False
         self.mark: Any = None
         self.compute: Any = None
         self._abandon = abandon
+
+    def new_content(self) -> torch.Tensor:
+        """Device memory for the whole value, to be filled; seen as the value where it can be."""
+        dtype, size, stride, _ = geometry = self.geometry
+        if _spanned_bytes(geometry) == self.num_bytes:
+            return torch.empty_strided(size, stride, dtype=dtype, device=self.device)
+        return torch.empty(self.num_bytes, dtype=torch.uint8, device=self.device)
 
     @property
     def tensor(self) -> torch.Tensor:
@@ -68,6 +75,15 @@ class HostCopy:
         # By the garbage collector too, in any thread and in the middle of anything: this may take no lock.
         if self.span is not None or self.mark is not None:
             self._abandon(self)
+
+
+@cache
+def _spanned_bytes(geometry: Geometry) -> int:
+    """Bytes of the storage that a new tensor of this geometry gets; 0 where it would begin elsewhere."""
+    if geometry.offset or not all(geometry.size):
+        return 0
+    last = sum((size - 1) * stride for size, stride in zip(geometry.size, geometry.stride, strict=True))
+    return (last + 1) * geometry.dtype.itemsize
 
 
 class Passage:
