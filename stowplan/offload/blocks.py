@@ -150,6 +150,7 @@ def refuse_unsupported(model: torch.nn.Module, blocks: Sequence[Block]) -> None:
         )
     for name, block in blocks:
         refuse_sharded_inside(name, block)
+        _refuse_flex_attention(name, block)
     kinds = {(name.rpartition(".")[0], type(block)) for name, block in blocks}
     siblings = [  # one that torch.compile wrapped is none of the blocks, but was meant to be
         Block(name, module)
@@ -158,6 +159,17 @@ def refuse_unsupported(model: torch.nn.Module, blocks: Sequence[Block]) -> None:
     ]
     for name, block in dict.fromkeys((*blocks, *siblings)):
         refuse_compiled(name, block)
+
+
+def _refuse_flex_attention(name: str, block: torch.nn.Module) -> None:
+    """Raise UnsupportedModel if Hugging Face's block ``name`` is set to FlexAttention."""
+    for module in block.modules():
+        if getattr(getattr(module, "config", None), "_attn_implementation", None) == "flex_attention":
+            raise UnsupportedModel(
+                f"{name} computes FlexAttention, which torch.compile compiles: while a block is recorded, torch would "
+                f"run another kernel than in training. Load the model with attn_implementation='sdpa' or "
+                f"'flash_attention_2'."
+            )
 
 
 def refuse_compiled(name: str, block: torch.nn.Module) -> None:

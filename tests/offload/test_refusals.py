@@ -207,6 +207,13 @@ def test_hooks_for_saved_tensors_around_the_model_are_refused(num_calls_before: 
     model(rows()).sum().backward()
 
 
+def test_flex_attention_is_refused() -> None:
+    model = models.llama()
+    model.set_attn_implementation("flex_attention")
+    with pytest.raises(UnsupportedModel, match=r"layers\.0 computes FlexAttention.*attn_implementation='sdpa'"):
+        stowplan.plan(model, models.batch_for(0), budget="1GiB")
+
+
 def test_data_parallel_is_refused() -> None:
     with pytest.raises(UnsupportedModel, match="use DistributedDataParallel"):
         plan_for(nn.DataParallel(stack(feed_forward)))
