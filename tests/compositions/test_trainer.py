@@ -136,12 +136,11 @@ def test_accelerate(precision: str, order: str) -> None:
             optimizer.zero_grad()
         handle = stowplan.applied(model)
         inner = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-        seen.append(inner(**text_batch(0, **SHAPE)).loss.detach())
-        if handle is not None:
-            handle.remove()
-            assert stowplan.applied(model) is None
-            seen.append(inner(**text_batch(1, **SHAPE)).loss.detach())
-        else:
+        with accelerator.autocast():
+            seen.append(inner(**text_batch(0, **SHAPE)).loss.detach())
+            if handle is not None:
+                handle.remove()
+                assert stowplan.applied(model) is None
             seen.append(inner(**text_batch(1, **SHAPE)).loss.detach())
         return seen, handle
 

@@ -55,8 +55,8 @@ def test_scratch_inside_a_kernel_counts() -> None:
 def test_what_goes_that_was_there_before() -> None:
     before = bytes_(16 * KIB)
     with memory_log(CPU) as log:
-        del before
         log.freed(16 * KIB)
+        del before
         log.mark("after")
         after = bytes_(4 * KIB)
     assert log.segments == [

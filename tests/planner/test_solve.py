@@ -121,10 +121,12 @@ def test_solver_proves_few_blocks_and_search_serves_many() -> None:
 def test_everything_fits_and_the_plan_declines_without_a_solver() -> None:
     code = (
         "import sys\n"
+        "from dataclasses import replace\n"
         "from benchmarks.analytic import analytic_llama\n"
         "from stowplan.core.hardware import preset\n"
         "from stowplan.planner.activations import solve\n"
-        "plan = solve(analytic_llama(num_blocks=4), preset('h100-sxm'), 10**12, 10**12)\n"
+        "hardware = replace(preset('h100-sxm'), overlapped_copies=False)  # nothing staged: the least budget is plain\n"
+        "plan = solve(analytic_llama(num_blocks=4), hardware, 10**12, 10**12)\n"
         "assert plan.declined and plan.solution.proof == 'nothing to decide' and plan.solution.gap == 0\n"
         "assert plan.prediction == plan.unplanned\n"
         "assert all(action == 'keep' for block in plan.decisions for action in block)\n"
