@@ -32,7 +32,7 @@ test: setup lint types imports ## lint, types, layers and every test but the lon
 test-fast: setup ## the quick tests, under five minutes
 	$(PYTEST) -m "not slow and not full and not gpu"
 
-test-full: setup lint types imports ## all that needs no GPU, the longest tests included (hours)
+test-full: setup lint types imports ## all that needs no GPU, the longest tests included (an hour)
 	$(PYTEST) -m "not gpu"
 
 test-gpu: setup ## what needs a CUDA device

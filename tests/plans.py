@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 import torch
@@ -218,6 +219,11 @@ def declined_plan() -> Plan:
         baselines=(),
         declined=True,
     )
+
+
+def in_full(number: int) -> int:
+    """How many random plans a test of the full suite takes: ``number``, times STOWPLAN_TEST_FACTOR if that is set."""
+    return number * int(os.environ.get("STOWPLAN_TEST_FACTOR", "1"))
 
 
 def random_decisions(plan: Plan, seed: int) -> Plan:

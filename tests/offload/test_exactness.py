@@ -14,7 +14,7 @@ from stowplan import session
 from stowplan.core.plan import Plan
 from stowplan.core.program import Action
 from tests import models
-from tests.plans import random_decisions, with_decisions
+from tests.plans import in_full, random_decisions, with_decisions
 
 BUILDERS: dict[str, Callable[..., torch.nn.Module]] = {"llama": models.llama, "gpt2": models.gpt2}
 CASES = [
@@ -72,10 +72,12 @@ def random_plan_test(num_examples: int) -> Callable[..., None]:
     return test
 
 
-# 50 plans for each of 8 cases here, 1,000 each in the full suite; a failing seed is printed.
-test_random_plans = pytest.mark.parametrize(("name", "amp", "attention"), CASES)(random_plan_test(50))
+# 20 plans for each of 8 cases here, 125 each in the full suite; a failing seed is printed.
+test_random_plans = pytest.mark.parametrize(("name", "amp", "attention"), CASES)(random_plan_test(20))
 test_many_random_plans = pytest.mark.full(
-    pytest.mark.timeout(7200)(pytest.mark.parametrize(("name", "amp", "attention"), CASES)(random_plan_test(1000)))
+    pytest.mark.timeout(7200)(
+        pytest.mark.parametrize(("name", "amp", "attention"), CASES)(random_plan_test(in_full(125)))
+    )
 )
 
 

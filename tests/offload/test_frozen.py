@@ -14,7 +14,8 @@ from stowplan import session
 from stowplan.core.plan import Plan
 from stowplan.core.program import Action
 from tests import models
-from tests.offload.test_exactness import assert_same, random_decisions
+from tests.offload.test_exactness import assert_same
+from tests.plans import random_decisions
 
 SHAPE = {"batch": 2, "sequence": 128}
 

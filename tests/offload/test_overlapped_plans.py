@@ -22,6 +22,7 @@ from stowplan.planner.activations.simulate import simulate
 from stowplan.session import applying
 from tests import models
 from tests.offload.test_overlapped import late
+from tests.plans import in_full
 
 BUILDERS: dict[str, Callable[..., torch.nn.Module]] = {"llama": models.llama, "gpt2": models.gpt2}
 NUM_BLOCKS = 5
@@ -99,7 +100,9 @@ def random_plan_test(num_examples: int) -> Callable[..., None]:
 
 # 3 plans for each of 4 cases here, 250 each in the full suite.
 test_random_plans_and_delays = cases(amounts(random_plan_test(3)))
-test_many_random_plans_and_delays = pytest.mark.full(pytest.mark.timeout(7200)(cases(amounts(random_plan_test(250)))))
+test_many_random_plans_and_delays = pytest.mark.full(
+    pytest.mark.timeout(7200)(cases(amounts(random_plan_test(in_full(250)))))
+)
 
 
 @pytest.mark.parametrize("window", WINDOWS)

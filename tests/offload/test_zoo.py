@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from stowplan import session
 from stowplan.core.plan import Plan
 from stowplan.core.program import Action
-from tests.offload.test_exactness import assert_same, random_decisions
+from tests.offload.test_exactness import assert_same
+from tests.plans import in_full, random_decisions
 from tests.zoo import ZOO, train
 
 
@@ -76,9 +77,9 @@ def test_random_plans(name: str, amp: bool, attention: str, seed: int) -> None:
 @pytest.mark.full
 @pytest.mark.timeout(14400)
 @pytest.mark.parametrize("name", list(ZOO))
-@random_plans(1000)
+@random_plans(in_full(100))
 @given(seed=SEEDS, amp=st.booleans(), eager=st.booleans())
-def test_a_thousand_random_plans(name: str, seed: int, amp: bool, eager: bool) -> None:
+def test_many_random_plans(name: str, seed: int, amp: bool, eager: bool) -> None:
     """For each model, in all its precisions and attentions together."""
     check(name, amp, ZOO[name].attentions[-1 if eager else 0], seed)
 
