@@ -151,6 +151,7 @@ def plans(draw: st.DrawFn) -> Plan:
         for program in kinds
     ]
     picks = draw(st.integers(0, 2 ** len(blocks) - 1)) if blocks else 0
+    exact = draw(st.booleans())
     return Plan(
         model=draw(names),
         batch=draw(names),
@@ -165,8 +166,8 @@ def plans(draw: st.DrawFn) -> Plan:
         least_budget_bytes=draw(sizes),
         baselines=tuple(draw(st.lists(baselines, max_size=2))),
         declined=draw(st.booleans()),
-        exact=draw(st.booleans()),
-        tolerance=draw(st.none() | st.floats(1e-9, 0.5)),
+        exact=exact,
+        tolerance=None if exact else draw(st.none() | st.floats(1e-9, 0.5)),
         assumptions=tuple(draw(st.lists(names, max_size=3))),
         versions=tuple(draw(st.lists(st.tuples(names, names), max_size=2))),
         measurement=draw(st.none() | measurements),

@@ -7,6 +7,7 @@ The file format is JSON (docs/plan_file.md).
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +19,16 @@ from stowplan.core.head import Head, check_head
 from stowplan.core.program import Decision, Decisions, StepProgram
 from stowplan.core.records import RecordError, from_plain, to_plain
 
-__all__ = ["FORMAT_VERSION", "Baseline", "Measurement", "MomentBytes", "Plan", "Prediction", "Solution"]
+__all__ = [
+    "FORMAT_VERSION",
+    "Baseline",
+    "Measurement",
+    "MomentBytes",
+    "Plan",
+    "Prediction",
+    "Solution",
+    "tolerance_fault",
+]
 
 FORMAT_VERSION = 1
 
@@ -169,13 +179,13 @@ class Plan:
     def from_json(text: str, source: str = "the text") -> Plan:
         """Inverse of ``to_json``. Raises InvalidPlanFile; ``source`` names the file in the message."""
         try:
-            plain = json.loads(text, parse_constant=_refuse_constant)
+            plain = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
         except (ValueError, RecursionError) as error:
             raise InvalidPlanFile(f"{source} is not JSON: {error}. {_ANEW}") from None
         if not isinstance(plain, dict) or plain.pop("format", None) != "stowplan-plan":
             raise InvalidPlanFile(f'{source} is not a stowplan plan (no "format": "stowplan-plan").')
         version = plain.pop("version", None)
-        if version != FORMAT_VERSION:
+        if type(version) is not int or version != FORMAT_VERSION:
             raise InvalidPlanFile(
                 f"{source} has plan version {version!r}; this stowplan reads version {FORMAT_VERSION}. {_ANEW}"
             )
@@ -184,11 +194,49 @@ class Plan:
             check_indices(step)
             plain["decisions"] = decisions_from_plain(plain.get("decisions"), step)
             plan: Plan = from_plain(Plan, plain)
+            _check_ranges(plan)
             if plan.head is not None:
                 check_head(plan.head, plan.step)
             return plan
         except RecordError as error:
             raise InvalidPlanFile(f"{source}: {error}. {_ANEW}") from None
+
+
+def tolerance_fault(exact: bool, tolerance: float | None) -> str:
+    """What is wrong with a plan's ``tolerance``; empty if nothing is."""
+    if tolerance is None:
+        return ""
+    if exact:
+        return f"{tolerance!r} goes with exact=False; an exact plan needs none"
+    return "" if 0 < tolerance < 1 else f"{tolerance!r} is not between 0 and 1; 1e-5 suits float32"
+
+
+def _check_ranges(plan: Plan) -> None:
+    """Raises RecordError for a number that no plan can have."""
+    fault = tolerance_fault(plan.exact, plan.tolerance)
+    if fault:
+        raise RecordError(f"$.tolerance: {fault}")
+    hardware = plan.hardware
+    if hardware.staging_blocks < 1:
+        raise RecordError(f"$.hardware.staging_blocks: {hardware.staging_blocks} is less than 1")
+    for name in ("to_host_bytes_per_second", "to_device_bytes_per_second"):
+        if getattr(hardware, name) <= 0:
+            raise RecordError(f"$.hardware.{name}: {getattr(hardware, name)} is not more than 0")
+    for name, number in (
+        ("budget_bytes", plan.budget_bytes),
+        ("host_budget_bytes", plan.host_budget_bytes),
+        ("prediction.host_bytes", plan.prediction.host_bytes),
+        ("least_budget_bytes", plan.least_budget_bytes),
+    ):
+        if number < 0:
+            raise RecordError(f"$.{name}: {number} is less than 0")
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if not math.isfinite(number):
+        raise ValueError(f"{digits} is too large a number")
+    return number
 
 
 def _refuse_constant(constant: str) -> None:

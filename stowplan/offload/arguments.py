@@ -7,7 +7,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence, Set
 from operator import is_
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -122,6 +122,7 @@ def signature(leaves: Sequence[Any], keywords: Iterable[str], state: int = 0) ->
 
 
 _PLAIN = bool | int | float | str
+_WATCHED = (bool, int, float, str, list, tuple, dict)
 _MAX_ITEMS = 16  # of a list or tuple of numbers that is read along
 _MAX_STATES = 64  # that are told from new ones
 # What every module has, apart from ``training``: parameters, children and hooks have other guards.
@@ -152,9 +153,13 @@ class Numbers:
         for get, names, values in self._seen:
             if not all(map(is_, map(get, names), values)):
                 return False
-        for many, length, items in self._many:
-            if len(many) != length or not all(map(is_, many.values() if isinstance(many, dict) else many, items)):
+        for many, found in self._many:
+            if len(many) != len(found.items) or not all(map(is_, _values(many), found.items)):
                 return False
+            if found.keys and not all(map(is_, many, found.keys)):
+                return False
+        if any(_items(many) is not None for many in self._unread):
+            return False
         return sum(map(len, self._sources)) == self._num_attributes and self._trained == self._find_trained()
 
     def _find(self) -> None:
@@ -162,33 +167,31 @@ class Numbers:
         records = {id(v): v for attributes in modules for v in attributes.values() if _is_record(v)}
         self._sources = [*modules, *map(vars, records.values())]
         self._num_attributes = sum(map(len, self._sources))
-        named = [
-            (attributes, name, value)
-            for attributes in self._sources
-            for name, value in attributes.items()
-            if name not in _MODULES_OWN
-        ]
-        single = [entry for entry in named if entry[2] is None or isinstance(entry[2], _PLAIN)]
-        many = [entry for entry in named if isinstance(entry[2], list | tuple | dict)]
-        seen: dict[int, tuple[Callable[[str], Any], list[str], list[Any]]] = {}
-        for attributes, name, value in (*single, *many, *(entry for entry in named if id(entry[2]) in records)):
-            _, names, values = seen.setdefault(id(attributes), (attributes.get, [], []))
-            names.append(name)
-            values.append(value)
-        self._seen = list(seen.values())
-        found_items = [items for _, _, value in many if (items := _items(value)) is not None]
-        self._many = [
-            (value, len(value), items)
-            for _, _, value in many
-            if not isinstance(value, tuple) and (items := _items(value)) is not None
-        ]
+        self._seen: list[tuple[Callable[[str], Any], list[str], list[Any]]] = []
+        self._many: list[tuple[Any, _Items]] = []
+        self._unread: list[Any] = []  # too long, or not of numbers, as yet
+        state: list[Any] = []
+        for number, attributes in enumerate(self._sources):
+            entries = [(name, value) for name, value in attributes.items() if name not in _MODULES_OWN]
+            watched = [(n, v) for n, v in entries if v is None or isinstance(v, _WATCHED) or id(v) in records]
+            self._seen.append((attributes.get, [name for name, _ in watched], [value for _, value in watched]))
+            for name, value in watched:
+                if value is None or isinstance(value, _PLAIN):
+                    state.append((number, name, type(value), value))
+                elif isinstance(value, list | tuple | dict):
+                    items = _items(value)
+                    state.append((number, name, items and (items, *map(type, items.items))))
+                    if items is None:
+                        self._unread.append(value)
+                    elif not isinstance(value, tuple):
+                        self._many.append((value, items))
         self._parameters = [own for child in self._module.modules() if (own := child._parameters)]
         self._trained = self._find_trained()
-        state = (*((type(value), value) for _, _, value in single), *found_items, *self._trained)
-        found = self._states.pop(state, None)
+        key = (*state, *self._trained)
+        found = self._states.pop(key, None)
         if found is None:
             found = self._num_states = self._num_states + 1
-        self._states[state] = self._state = found
+        self._states[key] = self._state = found
         if len(self._states) > _MAX_STATES:
             del self._states[next(iter(self._states))]
 
@@ -196,12 +199,22 @@ class Numbers:
         return [p is not None and p.requires_grad for own in self._parameters for p in own.values()]
 
 
-def _items(many: list[Any] | tuple[Any, ...] | dict[Any, Any]) -> tuple[Any, ...] | None:
-    """A short list, tuple or dict of numbers as a tuple; None for any other."""
-    items = many.values() if isinstance(many, dict) else many
-    if len(many) > _MAX_ITEMS or not all(v is None or isinstance(v, _PLAIN) for v in items):
+class _Items(NamedTuple):
+    """What a short list, tuple or dict of numbers holds; ``keys`` of dicts alone."""
+
+    items: tuple[Any, ...]
+    keys: tuple[Any, ...]
+
+
+def _items(many: list[Any] | tuple[Any, ...] | dict[Any, Any]) -> _Items | None:
+    """Those of a short list, tuple or dict of numbers; None for any other."""
+    if len(many) > _MAX_ITEMS or not all(v is None or isinstance(v, _PLAIN) for v in _values(many)):
         return None
-    return tuple(items)
+    return _Items(tuple(_values(many)), tuple(many) if isinstance(many, dict) else ())
+
+
+def _values(many: list[Any] | tuple[Any, ...] | dict[Any, Any]) -> Iterable[Any]:
+    return many.values() if isinstance(many, dict) else many
 
 
 def _is_record(value: Any) -> bool:

@@ -66,10 +66,14 @@ class HostSlab:
         with self._at_work:
             self._join_returned()
             starts = self._carve(needs)
-        return [
-            Span(start, size) if start >= 0 else self._beside(size, need)
+        spans = [
+            Span(start, size) if start >= 0 else Span(-1, size, _host_bytes(need, self._device))
             for start, size, need in zip(starts, sizes, needs, strict=True)
         ]
+        beside = sum(need for start, need in zip(starts, needs, strict=True) if start < 0)
+        if beside:
+            self._tell_of_overflow(beside)
+        return spans
 
     def _carve(self, needs: list[int]) -> list[int]:
         """Where each fits, -1 for what does not."""
@@ -87,16 +91,16 @@ class HostSlab:
     def _first_hole(self, size_bytes: int) -> int | None:
         return next((i for i, hole in enumerate(self._holes) if hole.size_bytes >= size_bytes), None)
 
-    def _beside(self, size_bytes: int, need: int) -> Span:
-        if not self.overflow_bytes:
+    def _tell_of_overflow(self, num_bytes: int) -> None:
+        first = not self.overflow_bytes
+        self.overflow_bytes += num_bytes
+        if first:
             warnings.warn(
                 f"the host slab of {format_bytes(self.size_bytes)} is full: swapped values now take host memory beyond "
                 f"the plan. More forward passes are in flight than were planned for, or the batch has grown.",
                 RuntimeWarning,
                 stacklevel=3,
             )
-        self.overflow_bytes += need
-        return Span(-1, size_bytes, _host_bytes(need, self._device))
 
     def view(self, span: Span) -> torch.Tensor:
         """The span's bytes."""
@@ -136,7 +140,9 @@ def _host_bytes(size_bytes: int, device: torch.device | None) -> torch.Tensor:
 
     Not by torch's ``pin_memory``: its allocator rounds up to a power of two and never gives anything back.
     """
-    tensor = torch.frombuffer(mmap.mmap(-1, size_bytes), dtype=torch.uint8)
+    # A forked child has its own copy, or it would write into what the parent holds. Pinned pages must not be copied.
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if device is None else {}
+    tensor = torch.frombuffer(mmap.mmap(-1, size_bytes, **private), dtype=torch.uint8)
     if device is not None:
         node = numa.node_of(device)
         if node is not None:

@@ -8,12 +8,20 @@ import torch
 
 from stowplan.offload.parallel import local_part
 
-__all__ = ["content_of", "storage_bytes"]
+__all__ = ["content_of", "modified_in_place", "storage_bytes"]
 
 
 def content_of(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor's whole storage as bytes; shares its memory."""
     return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+
+
+def modified_in_place(tensor: torch.Tensor, version: int) -> RuntimeError:
+    """The error that autograd itself raises where no hooks are in its way."""
+    return RuntimeError(
+        "one of the variables needed for gradient computation has been modified by an inplace operation: "
+        f"{tensor.dtype} {tuple(tensor.shape)} is at version {tensor._version}; expected version {version} instead"
+    )
 
 
 def storage_bytes(tensors: Iterable[object]) -> int:

@@ -12,7 +12,7 @@ import torch
 
 from stowplan.core.errors import InvalidArgument, UnsupportedModel
 from stowplan.core.hardware import Hardware
-from stowplan.core.plan import Plan
+from stowplan.core.plan import Plan, tolerance_fault
 from stowplan.core.units import format_bytes, parse_bytes
 from stowplan.offload.blocks import Blocks, find_blocks
 from stowplan.offload.calibrate import RESERVE_BYTES, device_budget_bytes, host_budget_bytes
@@ -70,13 +70,10 @@ class Options(NamedTuple):
 
         Raises InvalidArgument for a tolerance that is no small positive number, or goes with an exact plan.
         """
-        if self.exact:
-            if self.tolerance is not None:
-                raise InvalidArgument(f"tolerance={self.tolerance!r} goes with exact=False; an exact plan needs none.")
-            return None
-        if self.tolerance is not None and not 0 < self.tolerance < 1:
-            raise InvalidArgument(f"tolerance={self.tolerance!r} is not between 0 and 1; 1e-5 suits float32.")
-        return Tolerance(self.tolerance)
+        fault = tolerance_fault(self.exact, self.tolerance)
+        if fault:
+            raise InvalidArgument(f"tolerance={fault}.")
+        return None if self.exact else Tolerance(self.tolerance)
 
 
 def make_plan(

@@ -108,6 +108,11 @@ def test_a_missing_file_is_no_invalid_one(tmp_path: Path) -> None:
         ('{"format": "stowplan-schedule", "version": 1}', "is not a stowplan plan"),
         ('{"format": "stowplan-plan"}', "has plan version None; this stowplan reads version 1"),
         ('{"format": "stowplan-plan", "version": 2}', "has plan version 2; this stowplan reads version 1"),
+        ('{"format": "stowplan-plan", "version": true}', "has plan version True; this stowplan reads version 1"),
+        (
+            example_plan().to_json().replace('"declined"', '"tolerance": 1e999, "declined"'),
+            "1e999 is too large",
+        ),
         ('{"format": "stowplan-plan", "version": 1}', r"\$\.step: NoneType where dict is expected"),
     ],
 )
@@ -156,6 +161,10 @@ def _gaps(*blocks: int) -> list[Document]:
     [
         (_drop("budget_bytes"), "$: key 'budget_bytes' is missing"),
         (_set("extra", to=1), "$: unknown key 'extra'"),
+        (_set("budget_bytes", to=-1), "$.budget_bytes: -1 is less than 0"),
+        (_set("tolerance", to=1e-3), "$.tolerance: 0.001 goes with exact=False"),
+        (_set("hardware", "staging_blocks", to=0), "$.hardware.staging_blocks: 0 is less than 1"),
+        (_set("hardware", "to_host_bytes_per_second", to=0.0), "$.hardware.to_host_bytes_per_second: 0.0 is not more"),
         (_set("budget_bytes", to="1GiB"), "$.budget_bytes: str where int is expected"),
         (_set("prediction", "moments", 1, "name", to=None), "$.prediction.moments[1].name: NoneType where str"),
         (_set("step", "block_names", to=["a"]), "$.step.block_names: 1 names of 9 blocks"),

@@ -78,6 +78,13 @@ def test_what_is_read_along() -> None:
     assert differs(lambda: config.scales.append(1.0))
     assert differs(lambda: setattr(config, "scale", [1.0]))
     assert differs(lambda: setattr(config, "new", 0.5))
+    assert differs(lambda: (delattr(config, "scale"), setattr(config, "other", 1.0)))
+    config.long = [0.5] * 17
+    assert differs(config.long.pop)  # short enough to be read from now on
+    config.mixed = [torch.zeros(1), 2.0]
+    assert differs(lambda: config.mixed.__setitem__(0, 3.0))
+    config.pair = {"a": 1, "b": 2}
+    assert differs(lambda: setattr(config, "pair", {"b": 1, "a": 2}))
     block.scaling = {"default": 1.0}  # as adapters have it
     assert differs(lambda: block.scaling.update(default=2.0))
     assert differs(block.eval)

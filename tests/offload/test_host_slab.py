@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import os
 from itertools import pairwise
 
 import pytest
@@ -113,6 +115,18 @@ class Holder:
 
     def __del__(self) -> None:
         self.slab.give_back(self.span)
+
+
+def test_a_forked_child_writes_into_its_own() -> None:
+    slab = HostSlab(ALIGNMENT)
+    span = slab.take(ALIGNMENT)
+    slab.view(span).zero_()
+    child = os.fork()
+    if not child:
+        ctypes.memset(slab.address(span), 1, ALIGNMENT)
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert not slab.view(span).any()
 
 
 def test_spans_taken_together_lie_side_by_side_where_there_is_room() -> None:

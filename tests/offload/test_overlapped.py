@@ -212,6 +212,20 @@ def test_without_a_wait_gradients_are_wrong(wait: str, monkeypatch: pytest.Monke
     assert any(not torch.equal(a, b) for a, b in zip(found, expected_of("in parts"), strict=True))
 
 
+def test_a_value_changed_in_place_while_it_leaves_is_refused_as_autograd_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(toys, "make_copies", delayed(2))
+    planned = toys.put_under_plan(stack(lambda block, x: torch.sigmoid(block.first(x))), "swap", call_toy)
+    for _ in range(NUM_STEPS):
+        planned.model(rows()).sum().backward()
+    output = planned.model(rows())
+    with torch.no_grad():
+        output.mul_(0.5)  # what the last block saved, and what has not left the device yet
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
 # ---- what nobody comes back for ------------------------------------------------------------------------------------
 @pytest.fixture
 def delays(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,24 +294,23 @@ def test_errors_do_no_harm_to_later_steps(policy: str) -> None:
 
 @pytest.mark.usefixtures("delays")
 def test_threads_end_when_the_plan_is_removed() -> None:
-    def num_threads() -> int:
-        return sum(thread.name in ("to host", "to device") for thread in threading.enumerate())
+    def lanes() -> set[threading.Thread]:
+        return {thread for thread in threading.enumerate() if thread.name in ("to host", "to device")}
 
-    gc.collect()
-    before = num_threads()
+    before = lanes()
     planned = toys.put_under_plan(stack(feed_forward, num_blocks=4), "swap", call_toy)
     planned.model(rows()).sum().backward()
-    assert num_threads() == before + 2
+    started = lanes() - before
+    assert len(started) == 2
     loss = planned.model(rows()).sum()
     planned.engine.remove()
     del planned
     loss.backward()  # graphs already made stay valid
     del loss
     gc.collect()
-    deadline = time.monotonic() + 30
-    while num_threads() > before and time.monotonic() < deadline:
-        time.sleep(0.002)
-    assert num_threads() == before
+    for thread in started:
+        thread.join(30)
+    assert not lanes() & started
 
 
 @pytest.mark.usefixtures("delays")

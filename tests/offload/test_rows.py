@@ -153,6 +153,8 @@ def test_ops_that_keep_rows_apart(op: str, body: Body, batch: int) -> None:
         ("cat", lambda block, x: torch.cat([x, x], dim=1)),
         ("cat", lambda block, x: torch.cat([x, block.places], dim=-1)),
         ("bmm", lambda block, x: torch.bmm(x, x.transpose(1, 2))),
+        ("mul", lambda block, x: x * block.places.transpose(0, 1)),  # of every row with every other
+        ("mm", lambda block, x: torch.mm(square := torch.cat([x, x], -1)[0], square)),
         ("native_dropout", lambda block, x: torch.native_dropout(x, 0.5, True)[0]),
         ("add_", lambda block, x: x.clone().add_(1)),
         ("clone", lambda block, x: x.clone().add_(1)),  # its value changes afterwards
@@ -201,6 +203,12 @@ def test_rows_that_come_out_the_same_are_listed() -> None:
 def test_causal_attention_gives_the_same_bits_for_first_rows() -> None:
     tape = tried(lambda block, x: attention(x, is_causal=True).exp())
     assert [op.splits for op in tape.ops] == [(16,)] * 2
+
+
+def test_one_number_all_over_proves_nothing() -> None:
+    """Weights that begin at zero hide what rows do later."""
+    tape = tried(lambda block, x: functional.linear(x, block.wide.weight * 0).sigmoid())
+    assert all(op.splits == () for op in tape.ops if op.func._schema.name in ("aten::mm", "aten::sigmoid"))
 
 
 @pytest.fixture

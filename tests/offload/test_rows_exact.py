@@ -17,6 +17,7 @@ from stowplan import session
 from stowplan.core.plan import Plan
 from stowplan.core.program import Action, Decision, Split
 from stowplan.offload.tape import proof
+from stowplan.offload.tape.replay import Replay
 from stowplan.planner.activations.problem import Problem
 from stowplan.planner.activations.simulate import simulate
 from tests import models, zoo
@@ -104,6 +105,39 @@ def test_random_splits(name: str, amp: bool, seed: int) -> None:
 @given(seed=st.integers(0, 2**31), amp=st.booleans())
 def test_many_random_splits(name: str, seed: int, amp: bool) -> None:
     check(name, amp, random_splits(captured(name, amp), seed))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_replay_that_failed_may_be_tried_again(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No tensor is handed out before all of its rows are there."""
+    model, plan = CASES["llama"].build(), random_splits(captured("llama"), seed)
+    fails = [False]
+    replay = Replay.__call__
+
+    def flaky(self: Replay, *args: Any) -> Any:
+        if fails.pop():
+            fails.append(False)
+            raise RuntimeError("no memory left for this")
+        fails.append(False)
+        return replay(self, *args)
+
+    monkeypatch.setattr(Replay, "__call__", flaky)
+
+    def gradients(retries: int) -> list[torch.Tensor]:
+        model.zero_grad()
+        loss = model(**CASES["llama"].batch(0)).loss
+        for _ in range(retries):
+            fails[0] = True
+            with pytest.raises(RuntimeError, match="no memory left"):
+                loss.backward(retain_graph=True)
+            model.zero_grad()
+        loss.backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    expected = gradients(0)
+    with session.apply(plan, model, verify="off"):
+        for retries in (0, 0, 1, 2):
+            assert_same(gradients(retries), expected)
 
 
 @pytest.mark.parametrize(("name", "seed"), [("llama", 1), ("gpt2", 2)])

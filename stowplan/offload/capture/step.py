@@ -151,7 +151,8 @@ def _stand_ins_for_parameters(model: torch.nn.Module) -> Iterator[None]:
     ]
     for holder, name, parameter in places:
         if id(parameter) not in twins:
-            twins[id(parameter)] = torch.nn.Parameter(parameter.detach(), parameter.requires_grad)
+            twin = twins[id(parameter)] = torch.nn.Parameter(parameter.detach(), parameter.requires_grad)
+            twin.__dict__.update(parameter.__dict__)
         holder[name] = twins[id(parameter)]
     try:
         yield

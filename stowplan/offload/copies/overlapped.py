@@ -128,6 +128,7 @@ class OverlappedCopies:
         if leaving:
             self._compute_waits_for_departures(leaving[0])
         for copy in leaving:
+            copy.check_untouched()
             copy.content = copy.mark = None
 
     # ---- backward --------------------------------------------------------------------------------------------------
@@ -146,6 +147,7 @@ class OverlappedCopies:
                 if copy.span is not None:  # LEAVING -> BACK
                     if mark is not waited:
                         self._compute_waits_for_departures(copy)
+                    copy.check_untouched()
                     self._give_back(copy)
                 elif mark is not waited:
                     self._compute_waits_for_arrivals(compute, mark)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from stowplan.offload.host_slab import Span
+from stowplan.offload.storages import modified_in_place
 from stowplan.offload.tape.replay import view_of
 from stowplan.offload.tape.tape import Geometry
 
@@ -37,12 +38,13 @@ class HostCopy:
     ``content`` is a tensor over the value's whole storage on the device, None while there is none; of a new one only
     the bytes from ``start`` to ``stop`` are filled, the others are for somebody else to write. ``mark`` is of the copy
     that is on its way and that compute (``compute``, on whose stream ``content`` was allocated) has not waited for.
-    ``complete`` tells content that is the value's own, all of it, because it never left.
+    ``complete`` tells content that is the value's own, all of it, because it never left; ``fault`` is set if somebody
+    changed that in place (it had ``version``) while the copy may have been on its way.
     """
 
     __slots__ = (
-        "__weakref__", "_abandon", "complete", "compute", "content", "device", "geometry", "mark", "num_bytes", "span",
-        "start", "stop",
+        "__weakref__", "_abandon", "complete", "compute", "content", "device", "fault", "geometry", "mark", "num_bytes",
+        "span", "start", "stop", "version",
     )  # fmt: skip
 
     def __init__(self, portion: Portion, abandon: Callable[[HostCopy], None]) -> None:
@@ -53,9 +55,16 @@ class HostCopy:
         self.span: Span | None = None
         self.content: torch.Tensor | None = None
         self.complete = False
+        self.version = tensor._version
+        self.fault: RuntimeError | None = None
         self.mark: Any = None
         self.compute: Any = None
         self._abandon = abandon
+
+    def check_untouched(self) -> None:
+        """The copy is over: was the value what it was when it was sent, all the while?"""
+        if self.content is not None and self.content._version != self.version:
+            self.fault = modified_in_place(self.content, self.version)
 
     def new_content(self) -> torch.Tensor:
         """Device memory for the whole value, to be filled; seen as the value where it can be."""
@@ -69,6 +78,8 @@ class HostCopy:
         """The value on the device, after ``fetch``."""
         assert self.content is not None
         assert self.mark is None, "compute has not waited for this value"
+        if self.fault is not None:
+            raise self.fault
         return view_of(self.content, self.geometry)
 
     def __del__(self) -> None:
@@ -100,14 +111,13 @@ class Passage:
 class Stop:
     """One call of a block: ``place`` counts the calls of the pass. Alive as long as something may come back to it."""
 
-    __slots__ = ("__weakref__", "compute", "copies", "mark", "name", "passage", "place", "started")
+    __slots__ = ("__weakref__", "compute", "copies", "name", "passage", "place", "started")
 
     def __init__(self, passage: Passage, place: int, name: str, compute: Any) -> None:
         self.passage = passage
         self.place = place
         self.name = name
         self.compute = compute  # the stream that the block runs on
-        self.mark: Any = None  # of the copies to the host, until compute has waited for it
         self.copies: list[weakref.ref[HostCopy]] = []
         self.started: Any = None  # when, if somebody traces
 

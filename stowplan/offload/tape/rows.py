@@ -112,7 +112,7 @@ class _Rows:
             return None
         cut = {ref: dims for ref in _refs(list(op.args)) if (dims := self._dims(ref))}
         chosen = rule(op, cut)
-        if not chosen:
+        if not chosen or (rule is _pointwise and any(self._dims_of(v) != cut[next(iter(chosen))] for _, v in makes)):
             return None
         args = tuple(_cut(argument, {ref: cut[ref] for ref in chosen}) for argument in op.args)
         return RowWise(args, tuple(dict.fromkeys(ref.value for ref in chosen)), makes)
@@ -126,7 +126,15 @@ class _Rows:
         of_tokens = value.origin in (Origin.INPUT, Origin.MADE)
         if not of_tokens or not self._is_divided(value) or ref.geometry.dtype is not value.geometry.dtype:
             return ()
-        return _row_dims(ref.geometry, self.num_rows, row_bytes(value, self.num_rows) // ref.geometry.dtype.itemsize)
+        return self._dims_within(value, ref.geometry)
+
+    def _dims_of(self, value: int) -> _Dims:
+        """Where the rows of a divided value are, as its maker gave it."""
+        made = self.tape.values[value]
+        return self._dims_within(made, made.geometry)
+
+    def _dims_within(self, value: TapeValue, geometry: Geometry) -> _Dims:
+        return _row_dims(geometry, self.num_rows, row_bytes(value, self.num_rows) // geometry.dtype.itemsize)
 
 
 def _refs(arguments: Iterable[Any]) -> Iterator[Ref]:
@@ -173,8 +181,8 @@ def _is_broadcast(ref: Ref, dims: _Dims) -> bool:
 
 def _matrix_product(op: TapeOp, cut: Mapping[Ref, _Dims]) -> Collection[Ref]:
     """Rows of the left matrix; the right one and a bias are whole."""
-    *bias, left, _ = [argument for argument in op.args if type(argument) is Ref]
-    fits = cut.get(left) == (-2,) and all(_is_broadcast(ref, (-2,)) for ref in bias)
+    *bias, left, right = [argument for argument in op.args if type(argument) is Ref]
+    fits = left != right and cut.get(left) == (-2,) and all(_is_broadcast(ref, (-2,)) for ref in bias)
     return (left,) if fits else ()
 
 
@@ -280,8 +288,9 @@ def rows_at(
             rows = 0
         if rows:
             at[k] = rows
-        for value, _ in op.reads:
-            if value in sources or targets.get(value):
+        for value, version in op.reads:
+            at_hand = value in sources and version == tape.values[value].last_version
+            if at_hand or targets.get(value):
                 continue
             if rows and rule is not None and value in rule.cut:
                 wanted[value] = max(wanted.get(value, 0), rows)

@@ -22,6 +22,7 @@ from stowplan.core.errors import ReplayMismatch
 from stowplan.core.program import Action, Split
 from stowplan.offload.copies.protocol import CopyEngine, HostCopy, Portion, Stop
 from stowplan.offload.observer import is_allocation_failure
+from stowplan.offload.storages import modified_in_place
 from stowplan.offload.tape.checks import Checks, Verify, Witness
 from stowplan.offload.tape.course import Course, Fate, SlotCourse
 from stowplan.offload.tape.parted import Parted
@@ -261,10 +262,10 @@ class Run:
         course = self.course
         wanted = {cell.value: cell for ref in self.waiting if (cell := ref()) is not None}
         self._fetch(cell.host for cell in wanted.values())
-        for cell in wanted.values():
-            if cell.host is not None:
-                cell.tensor = cell.host.tensor
         targets = tuple(v for v in course.targets if v in wanted and not _is_complete(wanted[v].host))
+        for cell in wanted.values():  # whoever sees a tensor takes it: a target's comes when all its rows are there
+            if cell.host is not None and cell.value not in targets:
+                cell.tensor = cell.host.tensor
         if targets:
             for tensor, version, value in self.versions:
                 if tensor._version != version:
@@ -294,12 +295,14 @@ class Run:
         lone = [source for v in replay.sources if v not in wanted and (source := self.sources.get(v)) is not None]
         if any(not isinstance(source, torch.Tensor) for source in lone):
             self._fetch(lone)
-        joined = [tensor for v in replay.joined if (tensor := wanted[v].tensor) is not None]
+        joined = {v: host.tensor for v in replay.joined if (host := wanted[v].host) is not None}
         try:
-            tensors = replay([self._source(v) for v in replay.sources], self.position, self.ending, joined)
+            tensors = replay(
+                [self._source(v) for v in replay.sources], self.position, self.ending, list(joined.values())
+            )
         except Strayed:
             raise _disturbed(self.name) from None
-        for value, tensor in zip(replay.whole, tensors, strict=True):
+        for value, tensor in (*joined.items(), *zip(replay.whole, tensors, strict=True)):
             wanted[value].tensor = tensor
         self.counters.recomputed_bytes += sum(course.recomputed_bytes(value) for value in targets)
 
@@ -333,19 +336,11 @@ def unpack(packed: Any) -> torch.Tensor:
             tensor = first.tensor
             assert tensor is not None
         if first.version is not None and tensor._version != first.version:
-            raise _modified(tensor, first.version)
+            raise modified_in_place(tensor, first.version)
         return view_of(tensor, rest)
     if first._version != rest:
-        raise _modified(first, rest)
+        raise modified_in_place(first, rest)
     return first  # type: ignore[no-any-return]
-
-
-def _modified(tensor: torch.Tensor, version: int) -> RuntimeError:
-    """The error that autograd itself raises where no hooks are in its way."""
-    return RuntimeError(
-        "one of the variables needed for gradient computation has been modified by an inplace operation: "
-        f"{tensor.dtype} {tuple(tensor.shape)} is at version {tensor._version}; expected version {version} instead"
-    )
 
 
 def _changed(name: str) -> ReplayMismatch:

@@ -40,7 +40,8 @@ def _neighbours(draft: Draft, block: int) -> Iterator[BlockDecisions]:
     program, choices = draft.problem.step.program_of(block), draft.problem.choices_of(block)
     together: dict[int, list[int]] = {}
     for position, index in enumerate(program.saved):
-        together.setdefault(program.values[index].producer or -1 - position, []).append(position)
+        producer = program.values[index].producer
+        together.setdefault(-1 - position if producer is None else producer, []).append(position)
     sets = [frozenset(positions) for positions in together.values()]
     sets += [frozenset([position]) for positions in together.values() if len(positions) > 1 for position in positions]
     for positions in sets:
