@@ -49,7 +49,15 @@ def trace_step(size: demo.Size, percent: int, device: torch.device) -> tuple[lis
             model(**batch).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
+        model(**batch)  # where it begins, the last backward is over
         spans = trace.spans()
+    turning = min(span.start_seconds for span in spans if span.what == "backward")
+    last = max(span.end_seconds for span in spans if span.what == "backward")
+    spans = [
+        span
+        for span in spans
+        if span.start_seconds < last and not (span.what == "forward" and span.start_seconds > turning)
+    ]
     predicted = plan.prediction
     return spans, (
         f"{percent}% of what the blocks save fits: {format_bytes(predicted.swapped_bytes)} swapped, "
