@@ -18,7 +18,7 @@ from stowplan.offload.dry.run import is_fake
 from stowplan.offload.parallel import inner_model
 from stowplan.session.dry import plan_dry
 from stowplan.session.heads import Solver, replan_head
-from stowplan.session.making import Batch, LossFunction, Options, Size, budgets_here, device_of, make_plan
+from stowplan.session.making import RESERVED, Batch, LossFunction, Options, Size, budgets_here, device_of, make_plan
 
 __all__ = ["plan", "replan"]
 
@@ -145,6 +145,7 @@ def replan(
         baselines=answer.baselines,
         declined=chosen.declined,
         step=chosen.step,
+        assumptions=tuple(line for line in chosen.said if line != RESERVED),
         head=chosen.head,
         measurement=None,
     )
