@@ -17,6 +17,9 @@ from torch import nn
 
 import stowplan
 from stowplan.core.head import Head
+from stowplan.offload.capture.outline import Outline
+from stowplan.offload.head import _Sums
+from stowplan.offload.head_chunked import FoundHead, NotReplaceable, try_head
 from tests.plans import example_plan
 
 CLASSES, TOKENS = 2048, 128
@@ -205,9 +208,31 @@ def test_a_plan_for_another_head_is_a_mismatch(planned: stowplan.Plan) -> None:
     model = llama()
     model.lm_head = nn.Sequential(nn.Linear(32, CLASSES))
     with pytest.raises(
-        stowplan.PlanMismatch, match="the head lm_head in chunks, but LlamaForCausalLM has a Sequential"
+        stowplan.PlanMismatch, match="the head of LlamaForCausalLM, lm_head, in chunks, but it is a Sequential"
     ):
         stowplan.apply(planned, model)
+
+
+def with_a_forward_of_its_own(model: Any) -> Any:
+    forward = model.lm_head.forward
+    model.lm_head.forward = lambda x: forward(x) * 2
+    return model
+
+
+def with_a_hook(model: Any) -> Any:
+    model.lm_head.register_forward_hook(lambda module, args, output: output)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [(with_a_hook, "but it has hooks"), (with_a_forward_of_its_own, "but it has a forward of its own")],
+)
+def test_what_stands_on_the_head_by_now_is_a_mismatch(
+    planned: stowplan.Plan, change: Callable[[Any], Any], said: str
+) -> None:
+    with pytest.raises(stowplan.PlanMismatch, match=said):
+        stowplan.apply(planned, change(llama()))
 
 
 # ---- whether it is planned -------------------------------------------------------------------------------------------
@@ -249,6 +274,40 @@ def test_the_ways_are_weighed_again_for_another_budget(planned: stowplan.Plan) -
     assert roomy.head.chunk_rows == 0
     assert roomy.declined
     assert roomy.step == planned.head.own.within(planned.step)
+    assert roomy.least_budget_bytes == planned.least_budget_bytes
+    with pytest.raises(stowplan.InfeasibleBudget) as told:
+        stowplan.replan(roomy, budget=1000)
+    assert told.value.least_bytes == roomy.least_budget_bytes
+
+
+def of_the_head(plan: stowplan.Plan) -> list[str]:
+    return [said.partition(":")[0] for said in plan.assumptions if "the head" in said]
+
+
+def test_a_plan_for_another_budget_says_what_it_rests_on(planned: stowplan.Plan) -> None:
+    assert planned.head is not None
+    proved = "the head's loss and gradients in chunks were proved within tolerance"
+    assert of_the_head(planned) == ["the head is replaced", proved]
+    slow = tuple(
+        replace(way, head=replace(way.head, seconds=9.0)) if way.chunk_rows else way for way in planned.head.ways
+    )
+    step = slow[1].within(planned.step)
+    roomy = stowplan.replan(replace(planned, head=replace(planned.head, ways=slow), step=step), budget="1GiB")
+    assert of_the_head(roomy) == ["the head is not replaced", proved]
+    assert of_the_head(stowplan.replan(roomy, budget=planned.budget_bytes)) == ["the head is replaced", proved]
+
+
+def test_a_reason_why_it_stays_stays() -> None:
+    ids = torch.randint(256, (2, 16))
+    made = plan(hooked().train(), {"input_ids": ids, "labels": ids}, chunked_head=True)
+    assert stowplan.replan(made, budget="2GiB").assumptions == made.assumptions
+
+
+def test_a_budget_that_is_given_leaves_no_memory_alone() -> None:
+    made = plan(llama(), budget="auto", chunked_head=False)
+    (reserved,) = [said for said in made.assumptions if "left alone" in said]
+    again = stowplan.replan(made, budget="1GiB")
+    assert again.assumptions == tuple(said for said in made.assumptions if said != reserved)
 
 
 def test_a_dry_plan_prices_it_too(planned: stowplan.Plan) -> None:
@@ -302,6 +361,10 @@ class Biased(nn.Linear):
         return super().forward(input) + 1
 
 
+def patched() -> nn.Module:
+    return with_a_forward_of_its_own(small_llama())
+
+
 def subclassed() -> nn.Module:
     model = small_llama()
     model.lm_head = Biased(32, 256, bias=False)
@@ -337,6 +400,7 @@ def two_losses() -> nn.Module:
         (granite, "GraniteForCausalLM does this with its logits before the loss: truediv"),
         (cohere, "CohereForCausalLM does this with its logits before the loss: mul"),
         (hooked, "lm_head has hooks"),
+        (patched, "lm_head has a forward of its own"),
         (subclassed, "lm_head is a Biased, not a torch.nn.Linear"),
         (bias_after_the_head, "does this with its logits before the loss: add"),
         (smoothed, "does this with its logits before the loss: cross_entropy with class weights, label smoothing"),
@@ -361,6 +425,81 @@ def test_a_head_that_is_off_by_too_much_stays(monkeypatch: pytest.MonkeyPatch) -
     made = plan(llama(), chunked_head=True)
     assert made.head is None
     assert any("off (relative), and 1e-12 is allowed for torch.float32" in said for said in made.assumptions)
+
+
+def without_bias(monkeypatch: pytest.MonkeyPatch) -> None:
+    add = _Sums.add
+
+    def add_but_to_bias(sums: _Sums, *args: Any) -> None:
+        add(sums, *args)
+        assert sums.of_bias is not None
+        sums.of_bias.zero_()
+
+    monkeypatch.setattr(_Sums, "add", add_but_to_bias)
+
+
+def without_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_Sums, "_add_to_weight", lambda *args: None)
+
+
+@pytest.mark.parametrize(
+    ("make", "sabotage", "what"), [(tied, without_weight, "weight"), (phi_with_a_bias, without_bias, "bias")]
+)
+def test_gradients_of_the_layer_are_proved(
+    monkeypatch: pytest.MonkeyPatch,
+    make: Callable[[], Any],
+    sabotage: Callable[[pytest.MonkeyPatch], None],
+    what: str,
+) -> None:
+    sabotage(monkeypatch)
+    made = plan(make(), chunked_head=True)
+    assert made.head is None
+    assert any(f"in chunks its gradient of {what} is 1.0e+00 off" in said for said in made.assumptions)
+
+
+def test_a_layer_without_a_gradient_is_not_replaced() -> None:
+    model = small_llama()
+    loss = model.loss_function
+    model.loss_function = lambda logits, **kwargs: loss(logits=logits.detach().requires_grad_(), **kwargs)
+    ids = torch.randint(256, (2, 16))
+    with pytest.raises(NotReplaceable, match="the loss does not depend on the hidden states of lm_head"):
+        try_head(model, FoundHead("lm_head", model.lm_head), lambda use: use(model(ids, labels=ids).loss), dry=False)
+
+
+# How allocators fail: of a device, and of the host.
+FAILURES = [torch.OutOfMemoryError("out"), RuntimeError("[enforce] DefaultCPUAllocator: can't allocate memory: 1")]
+
+
+@pytest.fixture
+def squeezed_bytes() -> int:
+    """A budget with which nothing is replaced unasked, but the head is looked at."""
+    own = plan(llama(), chunked_head=False)
+    return (own.least_budget_bytes + own.unplanned.peak_bytes) // 2
+
+
+@pytest.mark.parametrize("error", FAILURES)
+@pytest.mark.parametrize("while_comparing", [True, False])
+def test_no_memory_to_compare_is_no_end_of_planning(
+    monkeypatch: pytest.MonkeyPatch, squeezed_bytes: int, error: Exception, while_comparing: bool
+) -> None:
+    measure, seen = Outline.measure, list[int]()
+
+    def fails(*args: Any) -> Any:
+        seen.append(1)
+        if while_comparing or len(seen) > 1:
+            raise error
+        return measure(*args)
+
+    if while_comparing:
+        monkeypatch.setattr("stowplan.offload.head_chunked._gradients", fails)
+    else:
+        monkeypatch.setattr(Outline, "measure", fails)
+    assert plan(llama(), budget=squeezed_bytes).head is None
+    assert seen
+    seen.clear()
+    made = plan(llama(), budget=squeezed_bytes, chunked_head=True)
+    assert made.head is None
+    assert any(said.endswith("more memory than there is: plan dry (dry=True)") for said in made.assumptions)
 
 
 class OwnModel(nn.Module):

@@ -28,6 +28,7 @@ NAMES = [
     "InvalidSize",
     "Measurement",
     "MissingDependency",
+    "NoGradients",
     "NoLogits",
     "Plan",
     "PlanMismatch",

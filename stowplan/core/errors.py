@@ -11,6 +11,7 @@ StowplanError
 ├── MissingDependency (also an ImportError) an optional package is needed; names the extra
 ├── SolverFailed                            the MIP solver gave no usable answer
 ├── NoLogits (also a RuntimeError)          a chunked head makes no logits, and code asks for them
+├── NoGradients (also a RuntimeError)       a cross entropy in chunks goes backward once, without second derivatives
 ├── PlanRejected                            our own simulator contradicts the plan: a bug of ours
 └── ReplayMismatch (also a RuntimeError)    a recomputed value cannot be what the forward pass had
 """
@@ -26,6 +27,7 @@ __all__ = [
     "InvalidPlanFile",
     "InvalidSize",
     "MissingDependency",
+    "NoGradients",
     "NoLogits",
     "PlanMismatch",
     "PlanRejected",
@@ -126,6 +128,10 @@ class NoLogits(StowplanError, RuntimeError):
 
     def __reduce__(self) -> tuple[type[NoLogits], tuple[str, tuple[int, ...]]]:
         return type(self), (self.asked, self.shape)
+
+
+class NoGradients(StowplanError, RuntimeError):
+    """A cross entropy in chunks of rows is asked for gradients that it has not: a second time, or of gradients."""
 
 
 class PlanMismatch(StowplanError):

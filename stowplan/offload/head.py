@@ -15,11 +15,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
+from torch._subclasses.fake_tensor import FakeTensor
 
-from stowplan.core.errors import InvalidArgument
+from stowplan.core.errors import InvalidArgument, NoGradients
 
-__all__ = ["REDUCTIONS", "default_chunk_rows", "linear_cross_entropy"]
+__all__ = ["REDUCTIONS", "chunked_loss", "default_chunk_rows", "linear_cross_entropy", "product_dtype"]
 
 REDUCTIONS = ("mean", "sum")
 # Logits of a chunk: enough for a matrix product to run at full speed, little beside a model.
@@ -40,27 +40,62 @@ def linear_cross_entropy(
 ) -> torch.Tensor:
     """``cross_entropy(linear(hidden, weight, bias).float(), labels)`` without ever holding all logits.
 
-    Not bit for bit the same: sums are in another order. The gradients are made during the forward pass; there is one
-    backward, and none of it a second time. Under autocast products are in its dtype, as those of ``linear`` are.
+    Not bit for bit the same: sums are in another order. The gradients are made during the forward pass, unless under
+    ``torch.no_grad``; there is one backward pass, and no second derivatives. Under autocast products are in its dtype,
+    as those of ``linear`` are.
 
     Args:
-        hidden: ``(..., features)``, floating point.
-        weight: ``(classes, features)``, of the dtype of ``hidden`` unless under autocast.
-        labels: ``(...)``, int64, each ``ignore_index`` or a class. They are not shifted.
+        hidden: ``(..., features)``, floating point. All tensors are on one device.
+        weight: ``(classes, features)``, of the dtype of ``hidden`` unless under autocast; at least one class.
+        labels: ``(...)``, int64, each ``ignore_index`` or a class, from 0 on. They are not shifted.
         bias: ``(classes,)``.
-        chunk_rows: rows whose logits are there at once; default: about 16 million logits.
-        reduction: "mean" over the labels that are not ignored, or "sum".
+        ignore_index: the label of rows that do not count: neither for the loss nor for the mean nor for gradients.
+        chunk_rows: rows whose logits are there at once, 1 or more; default: about 16 million logits.
+        reduction: "mean" over the labels that are not ignored (NaN if all are, as torch's), or "sum".
 
-    Returns the loss, float32 (float64 for float64). Raises InvalidArgument for other shapes, types or settings.
+    Returns the loss, ``()``, float32 (float64 for float64).
+
+    Raises:
+        InvalidArgument: for other shapes, types, devices or settings, and for labels that are no class. Such labels on
+            a GPU are found by its kernels instead, as those of ``torch.nn.functional.cross_entropy`` are.
+        NoGradients: at a second backward pass, and with ``create_graph=True``.
     """
     _check(hidden, weight, labels, bias, reduction)
     if chunk_rows is None:
         chunk_rows = default_chunk_rows(weight.shape[0])
-    if chunk_rows < 1:
-        raise InvalidArgument(f"chunk_rows={chunk_rows}; allowed: 1 or more, or None.")
+    if type(chunk_rows) is not int or chunk_rows < 1:  # True is no number of rows
+        raise InvalidArgument(f"chunk_rows={chunk_rows!r}; allowed: an int of 1 or more, or None.")
+    products = product_dtype(hidden, weight)
+    return chunked_loss(hidden, weight, labels, bias, ignore_index, chunk_rows, reduction, products)
+
+
+def chunked_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    bias: torch.Tensor | None,
+    ignore_index: int,
+    chunk_rows: int,
+    reduction: str,
+    products: torch.dtype,
+) -> torch.Tensor:
+    """``linear_cross_entropy`` with products in that dtype, whatever autocast says by now."""
+    _check_labels(labels, weight.shape[0], ignore_index)
     rows, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
-    loss: torch.Tensor = _ChunkedLoss.apply(rows, weight, bias, targets, ignore_index, chunk_rows, reduction)  # type: ignore[no-untyped-call]
+    loss: torch.Tensor = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
+        rows, weight, bias, targets, ignore_index, chunk_rows, reduction, products, torch.is_grad_enabled()
+    )
     return loss
+
+
+def product_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
+    """The type of ``linear(hidden, weight)``, which autocast decides. Raises InvalidArgument if there is none."""
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and torch.float64 not in (hidden.dtype, weight.dtype):
+        return torch.get_autocast_dtype(device)
+    if hidden.dtype is not weight.dtype:
+        raise InvalidArgument(f"hidden is {hidden.dtype}, but weight {weight.dtype}: cast one, or use autocast.")
+    return hidden.dtype
 
 
 def default_chunk_rows(num_classes: int) -> int:
@@ -86,8 +121,21 @@ def _check(
         raise InvalidArgument(f"bias is {tuple(bias.shape)}; allowed: ({weight.shape[0]},).")
     if not hidden.is_floating_point() or not weight.is_floating_point():
         raise InvalidArgument(f"hidden is {hidden.dtype} and weight {weight.dtype}; allowed: floating point.")
-    if hidden.dtype is not weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
-        raise InvalidArgument(f"hidden is {hidden.dtype}, but weight {weight.dtype}: cast one, or use autocast.")
+    if not weight.shape[0]:
+        raise InvalidArgument(f"weight is {tuple(weight.shape)}, no class at all; allowed: one or more.")
+    devices = {tensor.device for tensor in (hidden, weight, labels, bias) if tensor is not None}
+    if len(devices) > 1:
+        raise InvalidArgument(f"tensors are on {', '.join(sorted(map(str, devices)))}; allowed: one device.")
+
+
+def _check_labels(labels: torch.Tensor, num_classes: int, ignore_index: int) -> None:
+    """Where looking at values does not wait for a device."""
+    if labels.device.type != "cpu" or isinstance(labels, FakeTensor) or not labels.numel():
+        return
+    lowest, highest = torch.aminmax(labels.where(labels != ignore_index, 0))
+    if lowest < 0 or highest >= num_classes:
+        wrong = int(lowest if lowest < 0 else highest)
+        raise InvalidArgument(f"labels have {wrong}; allowed: 0 to {num_classes - 1}, and ignore_index={ignore_index}.")
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -103,13 +151,12 @@ class _ChunkedLoss(torch.autograd.Function):
         ignore_index: int,
         chunk_rows: int,
         reduction: str,
+        products: torch.dtype,
+        differentiated: bool,
     ) -> torch.Tensor:
-        device = rows.device.type
-        products = rows.dtype
-        if torch.is_autocast_enabled(device) and products is not torch.float64:
-            products = torch.get_autocast_dtype(device)
-        with torch.autocast(device, enabled=False):
-            sums = _Sums(rows, weight, bias, products, ctx.needs_input_grad[:3], chunk_rows)
+        needed = tuple(differentiated and asked for asked in ctx.needs_input_grad[:3])
+        with torch.autocast(rows.device.type, enabled=False):
+            sums = _Sums(rows, weight, bias, products, needed, chunk_rows)
             for first in range(0, rows.shape[0], chunk_rows):
                 sums.add(first, min(first + chunk_rows, rows.shape[0]), targets, ignore_index)
         num_targets = (targets != ignore_index).sum() if reduction == "mean" else None
@@ -119,12 +166,17 @@ class _ChunkedLoss(torch.autograd.Function):
         return sums.loss if num_targets is None else sums.loss / num_targets
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, incoming: torch.Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raise NoGradients(
+                "a cross entropy in chunks (stowplan.linear_cross_entropy, or a plan's chunked head) has no second "
+                "derivatives: leave create_graph=True out, or plan without chunked_head=True."
+            )
         if ctx.gradients is None:
-            raise RuntimeError(
-                "a chunked head goes backward once: its gradients were made in the forward pass and are gone. Call "
-                "the model again, or plan without chunked_head=True."
+            raise NoGradients(
+                "a cross entropy in chunks (stowplan.linear_cross_entropy, or a plan's chunked head) goes backward "
+                "once: its gradients were made in the forward pass and are gone. Ask for all of them at once, compute "
+                "the loss again, or plan without chunked_head=True."
             )
         gradients, ctx.gradients = ctx.gradients, None
         # No target at all: the loss is NaN, but no gradient is.
@@ -134,7 +186,7 @@ class _ChunkedLoss(torch.autograd.Function):
             gradient = gradients.pop(0)
             made.append(None if gradient is None else gradient.mul_(scale).to(ctx.dtypes[len(made)]))
             del gradient
-        return (*made, None, None, None, None)
+        return (*made, *[None] * 6)
 
 
 class _Sums:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from stowplan.offload.blocks import Block
 from stowplan.offload.head import default_chunk_rows
 from stowplan.offload.head_logits import Logits
 from stowplan.offload.intercept import Forward, Interception
+from stowplan.offload.observer import is_allocation_failure
 
 __all__ = [
     "TOLERANCES",
@@ -22,6 +24,7 @@ __all__ = [
     "NotReplaceable",
     "chunk_sizes",
     "find_head",
+    "failures_refuse",
     "head_named",
     "try_head",
 ]
@@ -34,6 +37,10 @@ TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2, t
 _SIZES = (1, 4, 16)
 # Each chunk reads the weight and adds to its gradient: at long context more chunks cost time and save next to nothing.
 _MOST_CHUNKS = 128
+
+
+# Runs the model and hands its loss on.
+WithLoss = Callable[[Callable[[torch.Tensor], None]], None]
 
 
 class NotReplaceable(Exception):
@@ -60,15 +67,27 @@ def find_head(model: nn.Module, blocks: Sequence[Block]) -> FoundHead:
     name = next((name for name, module in named.items() if module is layer), None)
     if layer is None or name is None:
         raise NotReplaceable(f"{type(model).__name__} has no linear layer outside its blocks that is its head")
-    if type(layer) is not nn.Linear:
-        raise NotReplaceable(f"{name} is a {type(layer).__name__}, not a torch.nn.Linear")
+    unfit = _unfit(layer)
+    if unfit is not None:
+        raise NotReplaceable(f"{name} {unfit}")
+    assert isinstance(layer, nn.Linear)
     if any(type(tensor) not in (nn.Parameter, FakeTensor) for tensor in layer.parameters()):
         raise NotReplaceable(f"the parameters of {name} are not plain tensors (sharded, or quantised)")
-    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
-        raise NotReplaceable(f"{name} has hooks, which would not see its output")
     if not layer.training:
         raise NotReplaceable(f"{name} is in eval mode, where it is left alone: call model.train() before planning")
     return FoundHead(name, layer)
+
+
+def _unfit(layer: nn.Module) -> str | None:
+    """What does not let others stand for the layer, when planning and when a plan is applied."""
+    if type(layer) is not nn.Linear:
+        return f"is a {type(layer).__name__}, not a torch.nn.Linear"
+    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+        return "has hooks, which would not see its output"
+    forward = layer.__dict__.get("forward")
+    while isinstance(forward, Interception):
+        forward = forward.replaced
+    return None if forward is None else "has a forward of its own, beside that of its class"
 
 
 def _widest(modules: list[nn.Module]) -> nn.Module | None:
@@ -79,13 +98,14 @@ def _widest(modules: list[nn.Module]) -> nn.Module | None:
 
 
 def head_named(model: nn.Module, name: str) -> nn.Linear:
-    """The layer that a plan replaces. Raises PlanMismatch if it is not there, or is no linear layer."""
+    """The layer that a plan replaces. Raises PlanMismatch if it is not there, or others cannot stand for it."""
     layer = dict(model.named_modules()).get(name)
-    if type(layer) is not nn.Linear:
-        what = "has no such module" if layer is None else f"has a {type(layer).__name__} there"
+    unfit = "is not there" if layer is None else _unfit(layer)
+    if unfit is not None:
         raise PlanMismatch(
-            f"the plan computes the head {name} in chunks, but {type(model).__name__} {what}. Plan anew."
+            f"the plan computes the head of {type(model).__name__}, {name}, in chunks, but it {unfit}. Plan anew."
         )
+    assert isinstance(layer, nn.Linear)
     return layer
 
 
@@ -123,50 +143,67 @@ class ChunkedHead:
         self._interception.remove()
 
 
-def try_head(model: nn.Module, found: FoundHead, run: Callable[[], torch.Tensor], *, dry: bool) -> int:
+@contextmanager
+def failures_refuse(model: nn.Module) -> Iterator[None]:
+    """What fails in here is a reason to leave the head of ``model`` as it is: NotReplaceable, with the reason."""
+    name = type(model).__name__
+    try:
+        yield
+    except NoLogits as error:
+        raise NotReplaceable(f"{name} does this with its logits before the loss: {error.asked}") from None
+    except (StowplanError, RuntimeError, TypeError, ValueError, AttributeError, MemoryError) as error:
+        if is_allocation_failure(error):
+            raise NotReplaceable("comparing it takes more memory than there is: plan dry (dry=True)") from None
+        raise NotReplaceable(f"{name} fails when its head is tried: {error}") from error
+
+
+def try_head(model: nn.Module, found: FoundHead, with_loss: WithLoss, *, dry: bool) -> int:
     """Run the model with its head in chunks and compare loss and gradients with its own; gives the number of rows.
 
-    ``run`` gives the loss of a forward pass; what reaches the head in it is replaced by random numbers, as the blocks
-    before it may be stood in for. In a ``dry`` run nothing can be compared. Raises NotReplaceable, with the reason.
+    ``with_loss`` runs a forward pass; what reaches the head in it is replaced by random numbers, as the blocks before
+    it may be stood in for. In a ``dry`` run nothing can be compared. Raises NotReplaceable, with the reason.
     """
-    layer = found.layer
-    own = None if dry else _Compared.of(layer, run)
-    rows = 2  # any two chunks will do where there are no values
+    with failures_refuse(model):
+        own = None if dry else _Compared.of(found, with_loss)
+        return _tried(model, found, with_loss, own)
+
+
+def _tried(model: nn.Module, found: FoundHead, with_loss: WithLoss, own: _Compared | None) -> int:
+    rows = 1 << 30  # one chunk will do where there are no values
     if own is not None:
-        rows = min(chunk_sizes(own.noise.shape[:-1].numel(), layer.out_features)[0], own.noise.shape[:-1].numel())
-    chunked = ChunkedHead(layer, rows if own is not None else 1 << 30, None if own is None else own.noise)
-    try:
-        loss = run()
+        num_rows = own.noise.shape[:-1].numel()
+        rows = min(chunk_sizes(num_rows, found.layer.out_features)[0], num_rows)
+    chunked = ChunkedHead(found.layer, rows, None if own is None else own.noise)
+
+    def check(loss: torch.Tensor) -> None:
         if chunked.num_calls != 1 or len(chunked.losses) != 1:
             raise NotReplaceable(
                 f"{type(model).__name__} computed {len(chunked.losses)} cross entropies from {chunked.num_calls} calls "
                 f"of {found.name}; there must be one of one"
             )
         if own is not None:
-            own.compare(layer, loss)
-    except NoLogits as error:
-        raise NotReplaceable(
-            f"{type(model).__name__} does this with its logits before the loss: {error.asked}"
-        ) from None
-    except (StowplanError, RuntimeError, TypeError, ValueError, AttributeError) as error:
-        raise NotReplaceable(f"{type(model).__name__} fails without its logits: {error}") from error
+            own.compare(found, loss)
+
+    try:
+        with_loss(check)
     finally:
         chunked.remove()
     return chunked.losses[0]
 
 
 class _Compared(NamedTuple):
-    """Random hidden states, and what the model's own head makes of them."""
+    """Random hidden states, and what the model's own head makes of them: the loss, gradients by name."""
 
     noise: torch.Tensor
     loss: torch.Tensor
-    gradients: tuple[torch.Tensor, ...]
+    gradients: dict[str, torch.Tensor]
     dtype: torch.dtype
 
     @staticmethod
-    def of(layer: nn.Linear, run: Callable[[], torch.Tensor]) -> _Compared:
+    def of(found: FoundHead, with_loss: WithLoss) -> _Compared:
         noise: list[torch.Tensor] = []
         dtypes: list[torch.dtype] = []
+        made: list[_Compared] = []
 
         def call(forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             (hidden,) = (*args, *kwargs.values())
@@ -175,25 +212,29 @@ class _Compared(NamedTuple):
             dtypes.append(logits.dtype)
             return logits
 
-        interception = Interception(layer, call)
+        def keep(loss: torch.Tensor) -> None:
+            if len(noise) != 1:
+                raise NotReplaceable(f"the head is called {len(noise)} times in a forward pass; it must be once")
+            gradients = _gradients(loss, found, noise[0])
+            made.append(_Compared(noise[0], loss.detach(), gradients, dtypes[0]))
+
+        interception = Interception(found.layer, call)
         try:
-            loss = run()
+            with_loss(keep)
         finally:
             interception.remove()
-        if len(noise) != 1:
-            raise NotReplaceable(f"the head is called {len(noise)} times in a forward pass; it must be once")
-        return _Compared(noise[0], loss.detach(), _gradients(loss, layer, noise[0]), dtypes[0])
+        return made[0]
 
-    def compare(self, layer: nn.Linear, loss: torch.Tensor) -> None:
+    def compare(self, found: FoundHead, loss: torch.Tensor) -> None:
         """Raises NotReplaceable where loss or gradients are too far from the own ones."""
         allowed = TOLERANCES.get(self.dtype)
         if allowed is None:
             raise NotReplaceable(f"its logits are {self.dtype}; allowed: {', '.join(map(str, TOLERANCES))}")
-        pairs = [(self.loss, loss.detach())]
-        pairs += zip(self.gradients, _gradients(loss, layer, self.noise), strict=True)
-        for (one, other), what in zip(pairs, ("loss", *["gradient"] * len(self.gradients)), strict=True):
-            distance, size = (one - other).norm(), one.norm()
-            no_targets = what == "loss" and one.isnan() and other.isnan()
+        own = {"loss": self.loss} | self.gradients
+        other = {"loss": loss.detach()} | _gradients(loss, found, self.noise)
+        for what, one in own.items():
+            distance, size = (one - other[what]).norm(), one.norm()
+            no_targets = what == "loss" and one.isnan() and other[what].isnan()
             if not (distance <= allowed * size or no_targets):
                 raise NotReplaceable(
                     f"in chunks its {what} is {float(distance / size):.1e} off (relative), and {allowed:.0e} is "
@@ -201,9 +242,15 @@ class _Compared(NamedTuple):
                 )
 
 
-def _gradients(loss: torch.Tensor, layer: nn.Linear, noise: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    asked = [noise, *(tensor for tensor in layer.parameters() if tensor.requires_grad)]
-    device = noise.device.type
-    with torch.autocast(device, enabled=False):
-        found: Sequence[torch.Tensor | None] = torch.autograd.grad(loss, asked, allow_unused=True)
-    return tuple(torch.zeros_like(t) if g is None else g for g, t in zip(found, asked, strict=True))
+def _gradients(loss: torch.Tensor, found: FoundHead, noise: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Of hidden states and of what is trained of the layer; every one of them must have one."""
+    trained = {name: tensor for name, tensor in found.layer.named_parameters() if tensor.requires_grad}
+    asked = {"hidden states": noise, **trained}
+    with torch.autocast(noise.device.type, enabled=False):
+        gradients: Sequence[torch.Tensor | None] = torch.autograd.grad(loss, list(asked.values()), allow_unused=True)
+    made = {}
+    for name, gradient in zip(asked, gradients, strict=True):
+        if gradient is None:
+            raise NotReplaceable(f"the loss does not depend on the {name} of {found.name}")
+        made[f"gradient of {name}"] = gradient
+    return made

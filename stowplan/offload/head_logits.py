@@ -7,14 +7,14 @@ to the loss (scales, soft caps) needs no list of models: whatever else is asked 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
 
 from stowplan.core.errors import NoLogits
-from stowplan.offload.head import REDUCTIONS, linear_cross_entropy
+from stowplan.offload.head import REDUCTIONS, chunked_loss, product_dtype
 
 __all__ = ["Logits", "OnLoss"]
 
@@ -32,6 +32,8 @@ class Logits:
         dtype: of the logits by now; None: as the layer gives them.
         chunk_rows: rows whose logits the loss makes at once.
         on_loss: told the number of rows when a loss is computed.
+        products: the type that the layer computes in; None: as autocast says now, when the layer is called. The loss
+            may be computed outside autocast.
     """
 
     def __init__(
@@ -41,9 +43,11 @@ class Logits:
         chunk_rows: int,
         dtype: torch.dtype | None = None,
         on_loss: OnLoss = lambda num_rows: None,
+        products: torch.dtype | None = None,
     ) -> None:
         self._hidden, self._head, self._chunk_rows, self._on_loss = hidden, head, chunk_rows, on_loss
-        self.dtype = dtype if dtype is not None else _products(hidden)
+        self._products = products if products is not None else product_dtype(hidden, head.weight)
+        self.dtype = dtype if dtype is not None else self._products
         self._shape = torch.Size((*hidden.shape[:-1], head.out_features))
 
     # ---- what they look like ----------------------------------------------------------------------------------------
@@ -84,7 +88,7 @@ class Logits:
 
     # ---- what may be done with them ---------------------------------------------------------------------------------
     def _with(self, hidden: torch.Tensor, dtype: torch.dtype | None = None) -> Logits:
-        return Logits(hidden, self._head, self._chunk_rows, dtype or self.dtype, self._on_loss)
+        return Logits(hidden, self._head, self._chunk_rows, dtype or self.dtype, self._on_loss, self._products)
 
     def contiguous(self) -> Logits:
         """As they are."""
@@ -96,19 +100,27 @@ class Logits:
 
     def to(self, *args: Any, **kwargs: Any) -> Logits:
         """In another type of at least the same precision, on the same device."""
-        wanted = [*args, *kwargs.values()]
+        wanted = [item for item in (*args, *kwargs.values()) if not isinstance(item, bool)]
         dtypes = [item for item in wanted if isinstance(item, torch.dtype)]
-        places = [
-            torch.device(item) for item in wanted if isinstance(item, torch.device | str | int) and item is not True
-        ]
-        if any(place.type != self.device.type for place in places) or dtypes not in ([], [self.dtype], [torch.float32]):
+        places = [torch.device(item) for item in wanted if isinstance(item, torch.device | str | int)]
+        # Another tensor asks for its type and its place, which are seldom those of logits.
+        if any(isinstance(item, torch.Tensor) for item in wanted) or not all(map(self._is_here, places)):
             self._refuse("to")
+        if any(not self._holds(dtype) for dtype in dtypes):
+            self._refuse(f"to {dtypes[0]}")
         return self._with(self._hidden, dtypes[0] if dtypes else None)
+
+    def _is_here(self, place: torch.device) -> bool:
+        return place.type == self.device.type and place.index in (None, self.device.index or 0)
+
+    def _holds(self, dtype: torch.dtype) -> bool:
+        return dtype in (self.dtype, torch.float32) and torch.promote_types(self.dtype, dtype) is dtype
 
     def view(self, *shape: Any) -> Logits:
         """Laid out in other rows; the classes stay the last dimension."""
-        sizes = tuple(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else shape
-        if not sizes or sizes[-1] not in (self._shape[-1], -1) or sizes.count(-1) > 1:
+        sizes = tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], tuple | list) else shape
+        numbers = bool(sizes) and all(isinstance(size, int) for size in sizes)
+        if not numbers or sizes[-1] not in (self._shape[-1], -1) or sizes.count(-1) > 1:
             self._refuse(f"view to {sizes}")
         rows = sizes[:-1]
         if sizes[-1] == -1 and torch.Size(rows).numel() != self._hidden.shape[:-1].numel():
@@ -125,12 +137,14 @@ class Logits:
 
     def __getitem__(self, index: Any) -> Logits:
         parts = index if isinstance(index, tuple) else (index,)
-        if any(not isinstance(part, int | slice) and part is not Ellipsis for part in parts):
+        if any(not _is_plain(part) for part in parts) or parts.count(Ellipsis) > 1:
             self._refuse("indexing but by numbers, slices and ...")
         if Ellipsis in parts:
             at = parts.index(Ellipsis)
             parts = (*parts[:at], *[slice(None)] * (self.ndim - len(parts) + 1), *parts[at + 1 :])
-        if len(parts) == self.ndim and parts[-1] not in (slice(None), slice(None, None, None)):
+        if len(parts) > self.ndim:
+            self._refuse(f"indexing {self.ndim} dimensions with {len(parts)} indices")
+        if len(parts) == self.ndim and parts[-1] != slice(None):
             self._refuse("indexing of the classes")
         return self._with(self._hidden[parts[: self.ndim - 1]])
 
@@ -142,7 +156,7 @@ class Logits:
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        own = next((item for item in (*args, *kwargs.values()) if isinstance(item, Logits)), None)
+        own = next(_logits_in((*args, *kwargs.values())), None)
         if func is F.cross_entropy:
             asked = _CROSS_ENTROPY.bind(*args, **kwargs)
             asked.apply_defaults()
@@ -171,8 +185,8 @@ class Logits:
             self._refuse("cross_entropy with class weights, label smoothing or another reduction than mean and sum")
         self._on_loss(target.numel())
         layer = self._head
-        loss = linear_cross_entropy(
-            self._hidden, layer.weight, target, layer.bias, ignore_index, self._chunk_rows, reduction=reduction
+        loss = chunked_loss(
+            self._hidden, layer.weight, target, layer.bias, ignore_index, self._chunk_rows, reduction, self._products
         )
         exact = torch.is_autocast_enabled(self.device.type)  # autocast has cross entropies in float32
         return loss if exact else loss.to(self.dtype)
@@ -187,12 +201,16 @@ class Logits:
         self._refuse(name)
 
 
-def _products(hidden: torch.Tensor) -> torch.dtype:
-    """The type of a linear layer's output."""
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device) and hidden.dtype is not torch.float64:
-        return torch.get_autocast_dtype(device)
-    return hidden.dtype
+def _is_plain(index: object) -> bool:
+    return index is Ellipsis or (isinstance(index, int | slice) and not isinstance(index, bool))
+
+
+def _logits_in(items: Iterable[Any]) -> Iterator[Logits]:
+    for item in items:
+        if isinstance(item, Logits):
+            yield item
+        elif isinstance(item, tuple | list):
+            yield from _logits_in(item)
 
 
 def _refusal(name: str) -> Callable[..., NoReturn]:
@@ -203,7 +221,14 @@ def _refusal(name: str) -> Callable[..., NoReturn]:
 
 
 _OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")
-_OTHERS = ("neg", "abs", "lt", "le", "gt", "ge", "eq", "ne", "invert", "bool", "iter", "setitem", "array", "float")
-for _name in (*_OPERATORS, *(f"r{name}" for name in _OPERATORS), *(f"i{name}" for name in _OPERATORS), *_OTHERS):
+_NUMBERS = ("float", "int", "index", "complex", "bool", "array")
+_OTHERS = ("neg", "abs", "lt", "le", "gt", "ge", "eq", "ne", "invert", "iter", "setitem", *_NUMBERS)
+for _name in (
+    *_OPERATORS,
+    *(f"r{name}" for name in _OPERATORS),
+    *(f"i{name}" for name in _OPERATORS),
+    *_NUMBERS,
+    *_OTHERS,
+):
     setattr(Logits, f"__{_name}__", _refusal(_name))
 Logits.__hash__ = object.__hash__  # type: ignore[method-assign]

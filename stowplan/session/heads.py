@@ -16,7 +16,15 @@ from stowplan.core.program import StepProgram
 from stowplan.core.units import format_bytes
 from stowplan.offload.blocks import Block
 from stowplan.offload.capture.step import Capture
-from stowplan.offload.head_chunked import ChunkedHead, FoundHead, NotReplaceable, chunk_sizes, find_head, try_head
+from stowplan.offload.head_chunked import (
+    ChunkedHead,
+    FoundHead,
+    NotReplaceable,
+    chunk_sizes,
+    failures_refuse,
+    find_head,
+    try_head,
+)
 
 if TYPE_CHECKING:
     from stowplan.planner.activations import ActivationPlan
@@ -27,6 +35,9 @@ __all__ = ["PlannedHead", "Solver", "plan_head", "replan_head"]
 _WORTHWHILE = 0.02
 # As the simulator names it.
 _HEAD = "head"
+
+# How the assumption of a plan begins that says what is done with the head.
+_REPLACED, _NOT_REPLACED = "the head is replaced:", "the head is not replaced:"
 
 
 class Solver(NamedTuple):
@@ -110,18 +121,20 @@ def plan_head(
     try:
         solver.tell("looking at the model's head")
         found = find_head(model, blocks)
-        ways = _ways(captured, found, try_head(model, found, captured.loss, dry=dry), only_least=allowed is None)
+        num_rows = try_head(model, found, captured.loss, dry=dry)
+        with failures_refuse(model):
+            ways = _ways(captured, found, num_rows, only_least=allowed is None)
     except NotReplaceable as reason:
         if failure is not None:
             raise _with_advice(failure, f"The head is not replaced: {reason}." if allowed else "") from None
         assert own is not None
-        said = f"the head is not replaced: {reason}"
+        said = f"{_NOT_REPLACED} {reason}"
         return PlannedHead(captured.step, own, own.unplanned, said=(said,) if allowed else ())
     head = Head(module=found.name, chunk_rows=0, allowed=bool(allowed), ways=ways)
     if allowed:
         planned = _best(captured.step, head, solver, own, failure)
         assert planned.head is not None
-        return planned._replace(said=(_proof(planned.head, dry),))
+        return planned._replace(said=(_choice(planned.head), _proof(dry)))
     if failure is not None:
         raise _with_advice(failure, _prospect(captured.step, head, solver, failure.least_bytes))
     assert own is not None
@@ -129,14 +142,21 @@ def plan_head(
 
 
 def replan_head(plan: Plan, solver: Solver) -> PlannedHead:
-    """Solve anew from what ``plan`` captured; the ways of its head are weighed again if they are allowed."""
+    """Solve anew from what ``plan`` captured; the ways of its head are weighed again if they are allowed.
+
+    What is ``said`` is all that the new plan rests on, with what ``plan`` says of its head put right.
+    """
     if plan.head is None:
         answer = solver(plan.step)
-        return PlannedHead(plan.step, answer, answer.unplanned)
+        return PlannedHead(plan.step, answer, answer.unplanned, said=plan.assumptions)
     own, failure = _solved(solver, plan.head.own.within(plan.step))
     if not plan.head.allowed and failure is not None:
         raise _with_advice(failure, _prospect(plan.step, plan.head, solver, failure.least_bytes))
-    return _best(plan.step, plan.head, solver, own, failure)
+    planned = _best(plan.step, plan.head, solver, own, failure)
+    assert planned.head is not None
+    chosen = _choice(planned.head)
+    said = tuple(chosen if line.startswith((_REPLACED, _NOT_REPLACED)) else line for line in plan.assumptions)
+    return planned._replace(said=said)
 
 
 def _settled(own: ActivationPlan | None, allowed: bool | None) -> bool:
@@ -171,24 +191,32 @@ def _best(
     own: ActivationPlan | None,
     failure: InfeasibleBudget | None,
 ) -> PlannedHead:
-    """The fastest that fits; the model's own unless chunks gain notably. Raises InfeasibleBudget, the least of all."""
+    """The fastest that fits; the model's own unless chunks gain notably. Its least budget is that of any way.
+
+    Raises InfeasibleBudget, the least of all.
+    """
     plain = head.own.within(step)
     unplanned = own.unplanned if own is not None else solver.unplanned(plain)
     best = PlannedHead(plain, own, unplanned, _done(head, 0)) if own is not None else None
     if not head.allowed:
         assert best is not None
         return best
+    answers = [own] if own is not None else []
     for way in _undominated(head.ways[1:]):
         chunked = way.within(step)
         answer, too_little = _solved(solver, chunked)
         if too_little is not None and (failure is None or too_little.least_bytes < failure.least_bytes):
             failure = too_little
-        if answer is not None and (best is None or _gains(answer, best)):
-            best = PlannedHead(chunked, answer, unplanned, _done(head, way.chunk_rows))
+        if answer is not None:
+            answers.append(answer)
+            if best is None or _gains(answer, best):
+                best = PlannedHead(chunked, answer, unplanned, _done(head, way.chunk_rows))
     if best is None:
         assert failure is not None
         raise failure
-    return best
+    # Those that do not fit need more than the budget, and so more than any of these.
+    least_bytes = min(answer.least_budget_bytes for answer in answers)
+    return best._replace(answer=replace(best.answer, least_budget_bytes=least_bytes))
 
 
 def _gains(answer: ActivationPlan, best: PlannedHead) -> bool:
@@ -228,8 +256,13 @@ def _with_advice(failure: InfeasibleBudget, *more: str) -> InfeasibleBudget:
     return InfeasibleBudget(failure.budget_bytes, failure.least_bytes, failure.host_budget_bytes, advice)
 
 
-def _proof(head: Head, dry: bool) -> str:
+def _choice(head: Head) -> str:
     if not head.chunk_rows:
-        return "the head is not replaced: the model's own fits, and chunks would not make a step notably faster"
-    proof = "its loss and gradients were not compared, as nothing was run" if dry else "proved within tolerance"
-    return f"the head is replaced: {head.module} and its loss in chunks of {head.chunk_rows} rows, {proof}"
+        return f"{_NOT_REPLACED} the model's own fits, and chunks would not make a step notably faster"
+    return f"{_REPLACED} {head.module} and its loss in chunks of {head.chunk_rows} rows"
+
+
+def _proof(dry: bool) -> str:
+    if dry:
+        return "the head's loss and gradients in chunks were not compared, as nothing was run"
+    return "the head's loss and gradients in chunks were proved within tolerance"

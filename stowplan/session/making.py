@@ -25,6 +25,7 @@ from stowplan.session.heads import Solver, plan_head
 
 __all__ = [
     "FORWARD_NOTE",
+    "RESERVED",
     "Batch",
     "LossFunction",
     "Options",
@@ -37,6 +38,9 @@ __all__ = [
 
 Size = int | str
 LossFunction = Callable[[Any, Any], Any]
+
+# An assumption of plans for a budget of "auto".
+RESERVED = f"of the free memory {format_bytes(RESERVE_BYTES)} are left alone"
 
 # On errors of the user's own model, so that who shows them can tell them from ours.
 FORWARD_NOTE = "raised by the model's forward on the batch that was given to stowplan.plan"
@@ -113,7 +117,7 @@ def make_plan(
     chosen = plan_head(model, blocks, captured, solver, options.chunked_head, dry=dry)
     answer = chosen.answer
     rounding = _rounding(options.rounding) if options.rounding is not None else ()
-    reserve = (f"of the free memory {format_bytes(RESERVE_BYTES)} are left alone",) if options.budget == "auto" else ()
+    reserve: tuple[str, ...] = (RESERVED,) if options.budget == "auto" else ()
     if options.bucket_bytes:
         buckets = (
             f"DistributedDataParallel holds {format_bytes(options.bucket_bytes)} of buckets for gradients all the time"

@@ -18,7 +18,7 @@ from stowplan.offload.dry.run import is_fake
 from stowplan.offload.parallel import inner_model
 from stowplan.session.dry import plan_dry
 from stowplan.session.heads import Solver, replan_head
-from stowplan.session.making import Batch, LossFunction, Options, Size, budgets_here, device_of, make_plan
+from stowplan.session.making import RESERVED, Batch, LossFunction, Options, Size, budgets_here, device_of, make_plan
 
 __all__ = ["plan", "replan"]
 
@@ -61,7 +61,7 @@ def plan(
         blocks: the blocks' container by dotted name, several such names, or the modules; default: all stacks of like
             modules but small ones of another kind than the largest.
         solver: a PuLP solver by name.
-        time_limit_seconds: for solving; capture comes on top.
+        time_limit_seconds: for solving, with each way of the head that is weighed; capture comes on top.
         hold_gradients: gradients stay allocated between steps (accumulation, ``zero_grad(set_to_none=False)``).
         hold_output: the loop holds the model's output (its logits) until backward is over, as after
             ``output = model(batch)``; False for loops that keep the loss alone.
@@ -145,6 +145,7 @@ def replan(
         baselines=answer.baselines,
         declined=chosen.declined,
         step=chosen.step,
+        assumptions=tuple(line for line in chosen.said if line != RESERVED),
         head=chosen.head,
         measurement=None,
     )

@@ -15,6 +15,8 @@ from stowplan import session
 from stowplan.core.errors import InvalidArgument, UnsupportedModel
 from stowplan.core.plan import Plan
 from stowplan.core.program import Action
+from stowplan.offload.blocks import find_blocks
+from stowplan.offload.capture import step as capturing
 from tests import models
 
 BUILDERS: dict[str, Callable[..., torch.nn.Module]] = {"llama": models.llama, "gpt2": models.gpt2}
@@ -127,6 +129,27 @@ def test_the_dispatch_mode_and_the_allocator_agree(name: str) -> None:
     (program,) = plan.step.programs
     assert program.held_bytes <= 64  # scalars that GPT-2's attention wraps
     assert program.lingering_bytes == 0
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_second_capture_is_as_the_first(monkeypatch: pytest.MonkeyPatch, sharded: bool) -> None:
+    """Of a sharded model gradients are added to after the backward of a block, so none are there while capturing."""
+    monkeypatch.setattr(capturing, "is_sharded", lambda module: sharded)
+    model, _ = build("llama")
+    batch = models.batch_for(0)
+    captured = capturing.capture(
+        model,
+        find_blocks(model),
+        lambda: model(**batch),
+        lambda output: output.loss,
+        optimizer=None,
+        batch=batch,
+        hold_gradients=True,
+    )
+    again = captured.again()
+    for phase in ("embedding_forward", "head", "embedding_backward"):
+        one, other = getattr(captured.step, phase), getattr(again, phase)
+        assert (one.peak_bytes, one.left_bytes) == (other.peak_bytes, other.left_bytes), phase
 
 
 def test_autocast_weights_linger() -> None:

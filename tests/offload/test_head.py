@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from stowplan import linear_cross_entropy
-from stowplan.core.errors import InvalidArgument
+from stowplan.core.errors import InvalidArgument, StowplanError
+from stowplan.offload import head
 from stowplan.offload.head import default_chunk_rows
 from stowplan.offload.head_chunked import chunk_sizes
 from stowplan.offload.memory_log import memory_log
@@ -141,8 +142,32 @@ def test_gradients_accumulate_and_are_scaled_by_what_comes_in() -> None:
 def test_backward_a_second_time_is_refused() -> None:
     loss = linear_cross_entropy(labels=labels(), **tensors())
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="a chunked head goes backward once"):
+    with pytest.raises(RuntimeError, match=r"linear_cross_entropy, .* goes backward once") as told:
         loss.backward()
+    assert isinstance(told.value, StowplanError)
+
+
+def test_second_derivatives_are_refused() -> None:
+    given = tensors()
+    loss = linear_cross_entropy(labels=labels(), **given)
+    with pytest.raises(RuntimeError, match="no second derivatives: leave create_graph=True out") as told:
+        torch.autograd.grad(loss, given["hidden"], create_graph=True)
+    assert isinstance(told.value, StowplanError)
+    loss.backward()  # nothing was used up
+    assert given["hidden"].grad is not None
+
+
+@pytest.mark.parametrize("without_gradients", [torch.no_grad, torch.inference_mode])
+def test_no_gradient_is_made_where_none_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, without_gradients: type[torch.no_grad]
+) -> None:
+    made = []
+    monkeypatch.setattr(head._Sums, "_add_to_weight", lambda *args: made.append(args))
+    given = tensors()
+    with without_gradients():
+        loss = linear_cross_entropy(labels=labels(), **given)
+    assert not made
+    assert torch.allclose(loss, reference(given, labels())[0].float(), rtol=EXACT)
 
 
 def test_sequences_need_not_be_flattened() -> None:
@@ -184,7 +209,13 @@ def test_chunks_that_are_priced_are_few_and_smaller_than_all_rows() -> None:
     ("change", "said"),
     [
         ({"reduction": "none"}, "reduction='none'; allowed: 'mean', 'sum'"),
-        ({"chunk_rows": 0}, "chunk_rows=0; allowed: 1 or more"),
+        ({"chunk_rows": 0}, "chunk_rows=0; allowed: an int of 1 or more"),
+        ({"chunk_rows": 2.5}, "chunk_rows=2.5; allowed: an int"),
+        ({"chunk_rows": True}, "chunk_rows=True; allowed: an int"),
+        ({"labels": torch.full((ROWS,), CLASSES)}, "labels have 50; allowed: 0 to 49, and ignore_index=-100"),
+        ({"labels": torch.full((ROWS,), -1)}, "labels have -1; allowed: 0 to 49"),
+        ({"weight": torch.zeros(0, FEATURES)}, r"weight is \(0, 8\), no class at all; allowed: one or more"),
+        ({"weight": torch.zeros(CLASSES, FEATURES, device="meta")}, "tensors are on cpu, meta; allowed: one device"),
         ({"weight": torch.zeros(CLASSES, 3)}, r"weight \(50, 3\); allowed"),
         ({"labels": torch.zeros(4, dtype=torch.long)}, r"labels are \(4,\) torch.int64; allowed: int64 of the shape"),
         ({"labels": torch.zeros(ROWS)}, "torch.float32; allowed: int64"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from stowplan.core.errors import NoLogits
+from stowplan.core.errors import InvalidArgument, NoLogits
 from stowplan.offload.head_logits import Logits
 
 BATCH, TOKENS, FEATURES, CLASSES = 2, 6, 4, 10
@@ -74,6 +75,32 @@ def test_types_are_those_of_the_layer_and_the_loss(amp: bool) -> None:
     assert F.cross_entropy(half.view(-1, CLASSES), LABELS.view(-1)).dtype is torch.bfloat16
 
 
+@pytest.mark.parametrize("hidden", [torch.float32, torch.bfloat16])
+def test_a_loss_outside_autocast_has_the_products_of_the_call(hidden: torch.dtype) -> None:
+    torch.manual_seed(0)
+    given, layer = torch.randn(BATCH * TOKENS, FEATURES, dtype=hidden, requires_grad=True), nn.Linear(FEATURES, CLASSES)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, made = Logits(given, layer, 5), layer(given)
+    found, expected = (F.cross_entropy(each.float(), LABELS.view(-1)) for each in (logits, made))
+    assert torch.allclose(found, expected, rtol=1e-6)  # the products are rounded alike
+    assert F.cross_entropy(logits, LABELS.view(-1)).dtype is F.cross_entropy(made, LABELS.view(-1)).dtype
+    asked = [given, *layer.parameters()]
+    for one, other in zip(torch.autograd.grad(found, asked), torch.autograd.grad(expected, asked), strict=True):
+        assert one.dtype is other.dtype
+        assert (one - other).norm() <= 1e-2 * other.norm()
+
+
+def test_types_that_do_not_go_together_are_refused_when_the_layer_is_called() -> None:
+    with pytest.raises(InvalidArgument, match="cast one, or use autocast"):
+        Logits(torch.randn(BATCH, FEATURES).bfloat16(), nn.Linear(FEATURES, CLASSES), 5)
+
+
+def test_flags_of_a_cast_are_no_dimensions() -> None:
+    logits = stand_in()
+    assert logits.to(torch.float32, False, True).dtype is torch.float32
+    assert logits.to("cpu", non_blocking=False, copy=True).device == torch.device("cpu")
+
+
 @pytest.mark.parametrize(
     ("use", "named"),
     [
@@ -93,6 +120,16 @@ def test_types_are_those_of_the_layer_and_the_loss(amp: bool) -> None:
         (lambda logits: logits.to(torch.float16), "to"),
         (lambda logits: logits.to("meta"), "to"),
         (lambda logits: logits.detach(), "detach"),
+        (lambda logits: logits.to(torch.zeros(1, dtype=torch.int64)), "to"),
+        (lambda logits: logits[0, 0, :, 0], "indexing 3 dimensions with 4 indices"),
+        (lambda logits: logits[..., 0, 0, 0, :], "indexing 3 dimensions with 4 indices"),
+        (lambda logits: logits[True], "indexing but by numbers"),
+        (lambda logits: logits.view(torch.int32), "view"),
+        (lambda logits: torch.cat([logits, logits]), r"^cat: these logits \(2, 6, 10\)"),
+        (lambda logits: torch.stack([logits]), r"^stack: these logits \(2, 6, 10\)"),
+        (int, "^int:"),
+        (complex, "^complex:"),
+        (operator.index, "^index:"),
         (bool, "bool"),
         (float, "float"),
         (list, "iter"),
@@ -111,6 +148,12 @@ def test_everything_else_is_refused_by_name(use: Callable[[Any], Any], named: st
         use(stand_in())
     assert "never made" in str(told.value)
     assert "chunked_head=True" in str(told.value)
+
+
+def test_logits_in_double_precision_are_not_cut_to_less() -> None:
+    double = Logits(torch.randn(BATCH, FEATURES).double(), nn.Linear(FEATURES, CLASSES).double(), 5)
+    with pytest.raises(NoLogits, match=r"to torch\.float32"):
+        double.float()
 
 
 def test_what_no_tensor_has_is_an_ordinary_attribute_error() -> None:

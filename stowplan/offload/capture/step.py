@@ -34,14 +34,15 @@ _NOTABLE_BYTES = 4096  # that the tape and the allocator may differ by without a
 class Capture(NamedTuple):
     """A captured step, and in words what it rests on.
 
-    ``again`` captures what is outside the blocks once more and ``loss`` only gives the loss, both with whatever the
-    caller has changed there by then; the programs of the blocks stay as they are.
+    ``again`` captures what is outside the blocks once more. ``loss`` hands the loss of a forward pass to its argument,
+    which may differentiate it, by parameters that stand for the model's own meanwhile. Both run with whatever the
+    caller has changed outside the blocks by then; the programs of the blocks stay as they are.
     """
 
     step: StepProgram
     assumptions: tuple[str, ...]
     again: Callable[[], StepProgram]
-    loss: Callable[[], torch.Tensor]
+    loss: Callable[[Callable[[torch.Tensor], None]], None]
 
     def with_buffers(self, num_bytes: int) -> Capture:
         """The same with more buffers, which somebody around the model holds all step."""
@@ -101,13 +102,13 @@ def capture(
 
     def again() -> StepProgram:
         with _untouched(model), _without_collections():
-            _reset_gradients(model, hold_gradients)
+            _reset_gradients(model, adding)
             moments = outline.measure(forward, loss_of)
         return _assemble(model, blocks, outline, moments, cost, optimizer, batch, hold_gradients)
 
-    def loss() -> torch.Tensor:
+    def loss(use: Callable[[torch.Tensor], None]) -> None:
         with _untouched(model):
-            return outline.loss(forward, loss_of)
+            use(outline.loss(forward, loss_of))
 
     return Capture(step, _assumptions(outline, step, cost, optimizer, hold_gradients, sharded), again, loss)
 
