@@ -145,7 +145,7 @@ def test_every_byte_of_what_was_split_can_be_verified(name: str, seed: int) -> N
     check(name, False, random_splits(captured(name), seed), verify="all")
 
 
-@pytest.mark.parametrize(("name", "num_made", "fewest"), [("llama", 16, 12), ("gpt2", 21, 12), ("vit", 16, 9)])
+@pytest.mark.parametrize(("name", "num_made", "fewest"), [("llama", 16, 12), ("gpt2", 21, 11), ("vit", 16, 9)])
 def test_what_can_be_recomputed_by_rows(name: str, num_made: int, fewest: int) -> None:
     """Norms, projections and the whole MLP; not what is around attention, where heads come before tokens in memory."""
     program = captured(name).step.programs[0]
