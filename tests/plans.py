@@ -238,7 +238,7 @@ def random_decisions(plan: Plan, seed: int) -> Plan:
     return with_decisions(plan, decisions)
 
 
-def with_decisions(plan: Plan, decisions: tuple[tuple[Action, ...], ...]) -> Plan:
+def with_decisions(plan: Plan, decisions: Decisions) -> Plan:
     """The plan with other decisions and a host slab that surely holds what they swap."""
     saved_bytes = sum(plan.step.program_of(block).saved_bytes for block in range(plan.step.num_blocks))
     return replace(plan, decisions=decisions, prediction=replace(plan.prediction, host_bytes=saved_bytes))

@@ -25,6 +25,7 @@ __all__ = [
     "StepProgram",
     "Value",
     "decision_by_rows",
+    "swaps",
 ]
 
 
@@ -50,6 +51,11 @@ class Split:
 
 # What a plan says of one saved value: the same for all of it, or by rows.
 Decision = Action | Split
+
+
+def swaps(decision: Decision) -> bool:
+    """Does anything of the value go to the host?"""
+    return decision is Action.SWAP or (isinstance(decision, Split) and decision.swapped > 0)
 
 
 # One for each saved value of a block, in the order of ``BlockProgram.saved``; and these for each block of a step.

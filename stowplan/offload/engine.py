@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from stowplan.core.program import Action, Decision, Split
+from stowplan.core.program import Decision, swaps
 from stowplan.offload.blocks import Block, refuse_unsupported
 from stowplan.offload.copies import CopyEngine
 from stowplan.offload.intercept import Forward, Interception
@@ -95,13 +95,9 @@ class Engine:
         self.checks.settle_from_now_on()
 
 
-def _swaps(action: Decision) -> bool:
-    return action is Action.SWAP or (isinstance(action, Split) and action.swapped > 0)
-
-
 def _passed(decisions: Sequence[Mapping[str, Decision]], window: int) -> set[int]:
     """The calls that come while a block's values are on their way: they are told of, even if they keep everything."""
-    swapping = [place for place, actions in enumerate(decisions) if any(map(_swaps, actions.values()))]
+    swapping = [place for place, actions in enumerate(decisions) if any(map(swaps, actions.values()))]
     return {place + ahead for place in swapping for ahead in range(1, window + 1)}
 
 

@@ -11,7 +11,7 @@ import torch
 
 from stowplan.core.errors import InvalidArgument, PlanMismatch
 from stowplan.core.plan import Plan
-from stowplan.core.program import Action, Split
+from stowplan.core.program import swaps
 from stowplan.offload.blocks import Block
 from stowplan.offload.copies import CopyEngine, OverlappedCopies, PlainCopies
 from stowplan.offload.copies.lanes import lanes_for
@@ -182,11 +182,7 @@ def _decisions(plan: Plan) -> Sequence[Mapping[str, Any]]:
 
 def _copies(plan: Plan, device: torch.device) -> CopyEngine:
     """As the plan's hardware says: beside compute, or stopping it."""
-    num_swapped = sum(
-        decision is Action.SWAP or (isinstance(decision, Split) and decision.swapped > 0)
-        for chosen in plan.decisions
-        for decision in chosen
-    )
+    num_swapped = sum(swaps(decision) for chosen in plan.decisions for decision in chosen)
     slab = HostSlab(
         plan.prediction.host_bytes + num_swapped * _SLAB_ALIGNMENT, device if device.type == "cuda" else None
     )

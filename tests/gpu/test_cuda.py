@@ -11,6 +11,7 @@ from stowplan import session
 from stowplan.core.errors import BudgetExceeded, ReplayMismatch
 from stowplan.core.program import Action
 from tests import models
+from tests.plans import random_decisions
 
 pytestmark = pytest.mark.gpu
 
@@ -48,18 +49,8 @@ def test_random_plans_are_exact(build: object, amp: bool, seed: int) -> None:
     model = build(hidden=64).cuda()
     with torch.autocast("cuda", torch.bfloat16, enabled=amp):
         plan = session.plan(model, batch_on_device(), budget="8GiB", host_budget="1GiB")
-    generator = torch.Generator().manual_seed(seed)
-    programs = [plan.step.program_of(block) for block in range(plan.step.num_blocks)]
-    decisions = tuple(
-        tuple(
-            actions[int(torch.randint(len(actions), (1,), generator=generator))]
-            for actions in (p.values[i].actions for i in p.saved)
-        )
-        for p in programs
-    )
-    host_bytes = sum(p.saved_bytes for p in programs)
-    drawn = replace(plan, decisions=decisions, prediction=replace(plan.prediction, host_bytes=host_bytes))
-    assert any(action is not Action.KEEP for actions in decisions for action in actions)
+    drawn = random_decisions(plan, seed)
+    assert any(action is not Action.KEEP for actions in drawn.decisions for action in actions)
     expected = train(build(hidden=64).cuda(), amp)
     model = build(hidden=64).cuda()
     with session.apply(drawn, model):

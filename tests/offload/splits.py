@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 
 from stowplan.core.plan import Plan
 from stowplan.core.program import Action, Decision, Value, decision_by_rows
+from tests.plans import with_decisions
 
-__all__ = ["random_splits", "with_decisions"]
-
-
-def with_decisions(plan: Plan, decisions: tuple[tuple[Decision, ...], ...]) -> Plan:
-    """The plan with other decisions and a host slab that surely holds what they swap."""
-    saved_bytes = sum(plan.step.program_of(block).saved_bytes for block in range(plan.step.num_blocks))
-    return replace(plan, decisions=decisions, prediction=replace(plan.prediction, host_bytes=saved_bytes))
+__all__ = ["random_splits"]
 
 
 def random_splits(plan: Plan, seed: int) -> Plan:

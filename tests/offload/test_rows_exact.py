@@ -21,9 +21,9 @@ from stowplan.offload.tape.replay import Replay
 from stowplan.planner.activations.problem import Problem
 from stowplan.planner.activations.simulate import simulate
 from tests import models, zoo
-from tests.offload.splits import random_splits, with_decisions
+from tests.offload.splits import random_splits
 from tests.offload.test_exactness import assert_same
-from tests.plans import in_full
+from tests.plans import in_full, with_decisions
 from tests.zoo import ZOO
 
 SHAPE = {"batch": 2, "sequence": 32}
