@@ -9,6 +9,7 @@ StowplanError
 ├── PlanMismatch                            a plan meets a model or a batch it was not made for
 ├── InvalidPlanFile                         a plan file that cannot be read
 ├── MissingDependency (also an ImportError) an optional package is needed; names the extra
+├── CompilationFailed                    a library of ours cannot be compiled here; says why
 ├── SolverFailed                            the MIP solver gave no usable answer
 ├── NoLogits (also a RuntimeError)          a chunked head makes no logits, and code asks for them
 ├── NoGradients (also a RuntimeError)       a cross entropy in chunks goes backward once, without second derivatives
@@ -22,6 +23,7 @@ from collections.abc import Sequence
 
 __all__ = [
     "BudgetExceeded",
+    "CompilationFailed",
     "InfeasibleBudget",
     "InvalidArgument",
     "InvalidPlanFile",
@@ -144,6 +146,10 @@ class InvalidPlanFile(StowplanError):
 
 class MissingDependency(StowplanError, ImportError):
     """An optional package is needed for this call; the message names the extra to install."""
+
+
+class CompilationFailed(StowplanError):
+    """A shared library of ours is to be compiled, and cannot be; the message holds the compiler's last lines."""
 
 
 class SolverFailed(StowplanError):
