@@ -80,7 +80,7 @@ def _run(command: list[str], name: str, time_limit_seconds: float) -> None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=time_limit_seconds, check=False)
     except subprocess.TimeoutExpired:
-        raise CompilationFailed(f"compiling {name} took longer than {time_limit_seconds:g} s and was stopped.") from None
+        raise CompilationFailed(f"compiling {name} took longer than {time_limit_seconds:g} s: stopped.") from None
     if done.returncode:
         said = "\n".join(done.stderr.strip().splitlines()[-_LAST_LINES:])
         raise CompilationFailed(f"{name} does not compile with {command[0]} (exit code {done.returncode}):\n{said}")
