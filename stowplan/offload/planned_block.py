@@ -179,8 +179,17 @@ class PlannedBlock:
             self.module, forward, args, kwargs, self.copies, self.counters, self.checks, self.name, stop=stop
         )
         self.counters.recorded_calls += 1
+        recording.run.failure_note = self.failure_note
+        try:
+            self._take_up(key, recording)
+        except BaseException:
+            recording.run.drop_all()
+            raise
+        return recording.output
+
+    def _take_up(self, key: Signature, recording: Recording) -> None:
+        """Have what the recorded call holds done as planned, and the calls after it follow if two recordings agree."""
         tape, run = recording.recorder.finish(), recording.run
-        run.failure_note = self.failure_note
         with _disable_current_modes():  # a block around this one may be recording, too
             before = self.tapes.get(key)
             agrees = before is not None and before.does_the_same(tape)
@@ -193,7 +202,7 @@ class PlannedBlock:
                 self.courses[key] = None
                 run.keep_all()
                 warnings.warn(f"{self.name} keeps everything it saves: {reason}.", RuntimeWarning, stacklevel=2)
-                return recording.output
+                return
             course = self._course(tape, key, recording, new=not agrees)
             run.follow(course, recording.leaves, self._parameter_of, recording.position)
             run.adopt()
@@ -201,7 +210,6 @@ class PlannedBlock:
         if agrees:
             self.courses[key] = course
         self.tapes[key] = tape
-        return recording.output
 
     def _reason_to_keep(self, key: Signature, tape: Tape) -> str:
         """Why this block is to be left alone; empty if it is not."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from stowplan.core.plan import Plan
-from stowplan.offload.head import linear_cross_entropy
+from stowplan.offload.head.loss import linear_cross_entropy
 from stowplan.offload.measure import Meter
 from stowplan.offload.parallel import inner_model
 from stowplan.offload.tape.rules import allow_replay

@@ -16,7 +16,7 @@ from stowplan.core.program import StepProgram
 from stowplan.core.units import format_bytes
 from stowplan.offload.blocks import Block
 from stowplan.offload.capture.step import Capture
-from stowplan.offload.head_chunked import (
+from stowplan.offload.head.chunked import (
     ChunkedHead,
     FoundHead,
     NotReplaceable,
