@@ -16,7 +16,7 @@ import torch
 from stowplan.core.units import format_bytes
 from stowplan.offload import numa
 
-__all__ = ["HostSlab", "Span"]
+__all__ = ["HostSlab", "Layout", "Span", "Taken"]
 
 _ALIGNMENT = 64
 
@@ -27,6 +27,36 @@ class Span(NamedTuple):
     start: int
     size_bytes: int
     overflow: torch.Tensor | None = None
+
+
+class Layout:
+    """Sizes in bytes that are taken together: each at a multiple of 64, side by side where there is room.
+
+    It may be taken any number of times; who does so again and again makes it once.
+    """
+
+    __slots__ = ("_latest", "needs", "sizes", "total_bytes")
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self.sizes = tuple(sizes)
+        self.needs = tuple(map(_aligned, sizes))
+        self.total_bytes = sum(self.needs)
+        self._latest: tuple[int, tuple[Span, ...]] = (-1, ())
+
+    def spans_from(self, start: int) -> tuple[Span, ...]:
+        """A span for each size, side by side."""
+        latest = self._latest
+        if latest[0] != start:  # a training step takes the same place as the one before
+            starts = itertools.accumulate(self.needs, initial=start)
+            latest = self._latest = start, tuple(map(Span, starts, self.sizes))
+        return latest[1]
+
+
+class Taken(NamedTuple):
+    """A span for each size of a layout, and what is to be given back in their place: one span, or as many."""
+
+    spans: Sequence[Span]
+    held: Sequence[Span]
 
 
 class HostSlab:
@@ -58,35 +88,37 @@ class HostSlab:
 
     def take(self, size_bytes: int) -> Span:
         """Reserve ``size_bytes``."""
-        return self.take_all([size_bytes])[0]
+        return self.take_all(Layout((size_bytes,))).spans[0]
 
-    def take_all(self, sizes: Sequence[int]) -> list[Span]:
-        """Reserve a span for each of ``sizes`` in bytes, at multiples of 64, side by side if there is room."""
-        needs = [_aligned(size) for size in sizes]
+    def take_all(self, layout: Layout) -> Taken:
+        """Reserve a span for each of the layout's sizes: in one piece, or wherever each fits."""
+        if not layout.total_bytes:
+            return Taken(layout.spans_from(0), ())
         with self._at_work:
             self._join_returned()
-            starts = self._carve(needs)
+            start = self._carve(layout.total_bytes)
+            if start >= 0:
+                return Taken(layout.spans_from(start), (Span(start, layout.total_bytes),))
+            starts = [self._carve(need) for need in layout.needs]
         spans = [
             Span(start, size) if start >= 0 else Span(-1, size, _host_bytes(need, self._device))
-            for start, size, need in zip(starts, sizes, needs, strict=True)
+            for start, size, need in zip(starts, layout.sizes, layout.needs, strict=True)
         ]
-        beside = sum(need for start, need in zip(starts, needs, strict=True) if start < 0)
+        beside = sum(need for start, need in zip(starts, layout.needs, strict=True) if start < 0)
         if beside:
             self._tell_of_overflow(beside)
-        return spans
+        return Taken(spans, spans)
 
-    def _carve(self, needs: list[int]) -> list[int]:
-        """Where each fits, -1 for what does not."""
-        total = sum(needs)
-        if not total:
-            return [0] * len(needs)
-        hole = self._first_hole(total)
+    def _carve(self, need: int) -> int:
+        """Where so many bytes fit, -1 if nowhere."""
+        if not need:
+            return 0
+        hole = self._first_hole(need)
         if hole is None:
-            return [self._carve([need])[0] for need in needs] if len(needs) > 1 else [-1]
-        start = self._holes[hole].start
-        rest = Span(start + total, self._holes[hole].size_bytes - total)
-        self._holes[hole : hole + 1] = [rest] if rest.size_bytes else []
-        return [start + before for before in itertools.accumulate(needs[:-1], initial=0)]
+            return -1
+        start, size, _ = self._holes[hole]
+        self._holes[hole : hole + 1] = [Span(start + need, size - need)] if size > need else []
+        return start
 
     def _first_hole(self, size_bytes: int) -> int | None:
         return next((i for i, hole in enumerate(self._holes) if hole.size_bytes >= size_bytes), None)

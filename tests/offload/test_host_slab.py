@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stowplan.offload import host_slab
-from stowplan.offload.host_slab import HostSlab, Span
+from stowplan.offload.host_slab import HostSlab, Layout, Span
 
 ALIGNMENT = 64
 
@@ -131,14 +131,17 @@ def test_a_forked_child_writes_into_its_own() -> None:
 
 def test_spans_taken_together_lie_side_by_side_where_there_is_room() -> None:
     slab = HostSlab(6 * ALIGNMENT)
-    assert [span.start for span in slab.take_all([ALIGNMENT, 0, 2 * ALIGNMENT])] == [0, ALIGNMENT, ALIGNMENT]
+    spans, held = slab.take_all(Layout([ALIGNMENT, 0, 2 * ALIGNMENT]))
+    assert [span.start for span in spans] == [0, ALIGNMENT, ALIGNMENT]
+    assert held == (Span(0, 3 * ALIGNMENT),)
     hole = slab.take(ALIGNMENT)
     slab.take(2 * ALIGNMENT)
     slab.give_back(hole)
     with pytest.warns(RuntimeWarning, match="is full"):
-        spans = slab.take_all([ALIGNMENT, ALIGNMENT])
+        spans, held = slab.take_all(Layout([ALIGNMENT, ALIGNMENT]))
     assert [span.start for span in spans] == [hole.start, -1]
     assert spans[1].overflow is not None
+    assert held == spans
 
 
 def test_what_the_collector_gives_back_in_the_middle_of_a_take(monkeypatch: pytest.MonkeyPatch) -> None:
