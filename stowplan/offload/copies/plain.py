@@ -30,6 +30,8 @@ class PlainCopies:
         return self._stop
 
     def send(self, stop: Stop, manifest: Manifest, tensors: Sequence[torch.Tensor]) -> list[HostCopy]:
+        if not tensors:
+            return []
         slab, move = self.slab, ctypes.memmove
         spans, held = slab.take_all(manifest.layout)
         consignment = Consignment(held, slab.give_back)
@@ -38,7 +40,7 @@ class PlainCopies:
             size = freight.size_bytes
             if size < _FEW_BYTES and tensor.is_cpu:
                 source = tensor.data_ptr() if freight.dense else tensor.untyped_storage().data_ptr()
-                move(slab.address(span), source + freight.start, size)
+                move(span.address, source + freight.start, size)
             else:
                 slab.view(span).copy_(content_of(tensor)[freight.start : freight.stop])
             sent.append(HostCopy(freight, tensor.device, span, consignment))
@@ -54,7 +56,7 @@ class PlainCopies:
             size = freight.size_bytes
             content = freight.new_content(copy.device)
             if size < _FEW_BYTES and content.is_cpu:
-                move(content.data_ptr() + freight.start, slab.address(copy.span), size)
+                move(content.data_ptr() + freight.start, copy.span.address, size)
             else:
                 content_of(content)[freight.start : freight.stop].copy_(slab.view(copy.span))
             copy.content = content

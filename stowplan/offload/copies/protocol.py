@@ -24,22 +24,27 @@ class Freight:
     default all of them.
 
     ``geometry`` is how the tensor that is sent sees its storage, and what the value looks like when it is back. It is
-    ``dense`` if a new tensor of that geometry has the same storage, so that the tensor says all that there is to know.
+    ``dense`` if a new tensor of that geometry has the same storage. A value that was ``given`` to the block may be a
+    view of a larger tensor in one call, and of another one in the next.
     """
 
-    __slots__ = ("dense", "geometry", "num_bytes", "size_bytes", "start", "stop")
+    __slots__ = ("dense", "geometry", "given", "num_bytes", "size_bytes", "start", "stop")
 
-    def __init__(self, geometry: Geometry, num_bytes: int, start: int = 0, stop: int | None = None) -> None:
+    def __init__(
+        self, geometry: Geometry, num_bytes: int, start: int = 0, stop: int | None = None, given: bool = False
+    ) -> None:
         self.geometry = geometry
         self.num_bytes = num_bytes
+        self.given = given
         self.start = start
         self.stop = num_bytes if stop is None else stop
         self.size_bytes = self.stop - start
         self.dense = not geometry.offset and _spanned_bytes(geometry) == num_bytes
 
-    @property
-    def is_whole(self) -> bool:
-        return self.size_bytes == self.num_bytes
+    def in_storage_of(self, num_bytes: int) -> Freight:
+        """The same of a storage that is of another size."""
+        stop = None if self.size_bytes == self.num_bytes else self.stop
+        return Freight(self.geometry, num_bytes, self.start, stop, self.given)
 
     def new_content(self, device: torch.device) -> torch.Tensor:
         """Device memory for the whole value, to be filled; seen as the value where it can be."""
@@ -60,30 +65,21 @@ def _spanned_bytes(geometry: Geometry) -> int:
 class Manifest:
     """What leaves at a stop, in order. Made once for all calls that do the same."""
 
-    __slots__ = ("_others", "freights", "layout", "size_bytes")
+    __slots__ = ("_uncertain", "freights", "layout", "size_bytes")
 
     def __init__(self, freights: Sequence[Freight]) -> None:
         self.freights = tuple(freights)
         self.layout = Layout([freight.size_bytes for freight in freights])
         self.size_bytes = sum(self.layout.sizes)  # that travel
-        self._others = tuple((i, freight.num_bytes) for i, freight in enumerate(freights) if not freight.dense)
+        # What a tensor's geometry does not tell.
+        self._uncertain = tuple((i, f.num_bytes) for i, f in enumerate(self.freights) if f.given or not f.dense)
 
     def fitting(self, tensors: Sequence[torch.Tensor]) -> Manifest:
-        """Itself, if ``tensors``, which have the geometries, have the storages too; else one that is theirs.
-
-        An argument may be a view of a larger tensor in one call, and of another one in the next.
-        """
-        if all(tensors[i].untyped_storage().nbytes() == num_bytes for i, num_bytes in self._others):
+        """Itself, if ``tensors``, which have the geometries, have the storages too; else one that is theirs."""
+        if all(tensors[i].untyped_storage().nbytes() == num_bytes for i, num_bytes in self._uncertain):
             return self
         found = [tensor.untyped_storage().nbytes() for tensor in tensors]
-        return Manifest(
-            [
-                freight
-                if freight.dense
-                else Freight(freight.geometry, num_bytes, freight.start, None if freight.is_whole else freight.stop)
-                for freight, num_bytes in zip(self.freights, found, strict=True)
-            ]
-        )
+        return Manifest([f.in_storage_of(num_bytes) for f, num_bytes in zip(self.freights, found, strict=True)])
 
 
 class Consignment:

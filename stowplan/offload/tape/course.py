@@ -102,15 +102,12 @@ class Course:
         """What is sent to the host when the block's forward is over: values in order of saving, and the rest of it."""
         freights: dict[int, Freight] = {}
         for slot in self.tape.lasting_slots:
-            action = self.actions.get(slot.value)
-            num_bytes = self.tape.values[slot.value].size_bytes
-            if slot.value in freights or action is None or not swaps(action):
-                continue
-            if slot.value in self.parts:
-                swapped = self.parts[slot.value].swapped
-                freights[slot.value] = Freight(slot.geometry, num_bytes, swapped.start, swapped.stop)
-            else:
-                freights[slot.value] = Freight(slot.geometry, num_bytes)
+            action, value = self.actions.get(slot.value), self.tape.values[slot.value]
+            if slot.value not in freights and action is not None and swaps(action):
+                parts = self.parts.get(slot.value)
+                start, stop = (0, None) if parts is None else (parts.swapped.start, parts.swapped.stop)
+                given = value.origin is Origin.INPUT
+                freights[slot.value] = Freight(slot.geometry, value.size_bytes, start, stop, given)
         return tuple(freights), Manifest(tuple(freights.values()))
 
     def replay(self, targets: tuple[int, ...]) -> Replay:
