@@ -9,7 +9,7 @@ from itertools import count
 import pytest
 import torch
 
-from stowplan.offload.copies import CopyEngine, HostCopy, OverlappedCopies, PlainCopies, Stop
+from stowplan.offload.copies import CopyEngine, Freight, HostCopy, Manifest, OverlappedCopies, PlainCopies, Stop
 from stowplan.offload.copies.lanes import ThreadLanes
 from stowplan.offload.host_slab import HostSlab
 from stowplan.offload.tape.tape import Geometry
@@ -142,6 +142,47 @@ def test_copies_that_nobody_wants_give_their_bytes_back(make_engine: Callable[[]
     sent = send(copies, copies.begin(0, "block"), portion_of(torch.ones(100)))
     del sent
     assert slab.used_bytes == 0
+
+
+@engines
+def test_what_left_together_is_given_back_with_the_last_of_it(make_engine: Callable[[], Engine]) -> None:
+    copies, slab = make_engine()
+    stop, sent = send_away(copies, *(portion_of(torch.full((16,), float(i))) for i in range(4)))
+    del sent[1:3]
+    assert slab.used_bytes == 4 * 64
+    copies.fetch(stop, sent[:1])
+    assert slab.used_bytes == 4 * 64
+    copies.fetch(stop, sent[1:])
+    assert slab.used_bytes == 0
+    assert [copy.tensor[0].item() for copy in sent] == [0.0, 3.0]
+
+
+@engines
+@pytest.mark.filterwarnings("ignore:the host slab:RuntimeWarning")
+def test_what_does_not_fit_the_slab_in_one_piece_is_put_where_there_is_room(make_engine: Callable[[], Engine]) -> None:
+    copies, slab = make_engine()
+    before, hole, between = (slab.take(size) for size in (64, 128, SLAB_BYTES - 3 * 64))
+    slab.give_back(hole)
+    values = [torch.full((16,), float(i)) for i in range(4)]
+    stop, sent = send_away(copies, *map(portion_of, values))
+    assert slab.used_bytes == SLAB_BYTES
+    assert slab.overflow_bytes == 2 * 64
+    copies.fetch(stop, sent)
+    assert [copy.tensor.tolist() for copy in sent] == [value.tolist() for value in values]
+    assert slab.used_bytes == before.size_bytes + between.size_bytes
+
+
+def test_a_manifest_is_made_anew_for_storages_that_are_not_as_known() -> None:
+    def freight(part: torch.Tensor, given: bool = False) -> Freight:
+        return Freight(Geometry.of(part), part.untyped_storage().nbytes(), given=given)
+
+    small, large = torch.zeros(8), torch.zeros(12)
+    manifest = Manifest([freight(small), freight(small[2:6]), freight(small, given=True)])
+    assert manifest.fitting([small, small[2:6], small]) is manifest
+    found = manifest.fitting([small, large[2:6], large[:8]])
+    assert [f.num_bytes for f in found.freights] == [32, 48, 48]
+    assert [f.dense for f in found.freights] == [True, False, False]
+    assert found.size_bytes == 128
 
 
 # ---- only where copies run beside compute ----------------------------------------------------------------------------

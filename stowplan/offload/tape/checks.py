@@ -42,7 +42,7 @@ class Verify(StrEnum):
 
 
 class Witness:
-    """Some bytes of a storage as the forward pass had them, or numbers of ``dtype``: each ``step``-th from ``first``."""
+    """Bytes of a storage as the forward pass had them, or numbers of ``dtype``: each ``step``-th from ``first``."""
 
     __slots__ = ("content", "first", "step")
 
