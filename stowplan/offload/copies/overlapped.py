@@ -65,7 +65,7 @@ class _Traveller(HostCopy):
         abandon: Callable[[_Traveller], None],
     ) -> None:
         super().__init__(freight, tensor.device, span, consignment)
-        self.content = tensor.detach()
+        self.content = tensor
         self.complete = True
         self.version = tensor._version
         self.fault: RuntimeError | None = None

@@ -160,7 +160,7 @@ class Run:
             if cell is None:
                 cell = cells[value] = Cell(self, value)
                 if fate is not _RECOMPUTE:
-                    departing[value] = tensor, tensor._version  # with its graph, which is all let go in ``seal``
+                    departing[value] = tensor.detach(), tensor._version
                 if value in witnessed:
                     self._witness(value, tensor)
             return cell, geometry
