@@ -25,6 +25,7 @@ NAMES = [
     "InfeasibleBudget",
     "InvalidArgument",
     "InvalidPlanFile",
+    "InvalidProblemFile",
     "InvalidSize",
     "Measurement",
     "MissingDependency",

@@ -8,6 +8,7 @@ StowplanError
 ├── BudgetExceeded                          a step took more than its plan promised; only with strict=True
 ├── PlanMismatch                            a plan meets a model or a batch it was not made for
 ├── InvalidPlanFile                         a plan file that cannot be read
+├── InvalidProblemFile                      a packing problem's CSV file that cannot be read
 ├── MissingDependency (also an ImportError) an optional package is needed; names the extra
 ├── SolverFailed                            the MIP solver gave no usable answer
 ├── NoLogits (also a RuntimeError)          a chunked head makes no logits, and code asks for them
@@ -25,6 +26,7 @@ __all__ = [
     "InfeasibleBudget",
     "InvalidArgument",
     "InvalidPlanFile",
+    "InvalidProblemFile",
     "InvalidSize",
     "MissingDependency",
     "NoGradients",
@@ -140,6 +142,10 @@ class PlanMismatch(StowplanError):
 
 class InvalidPlanFile(StowplanError):
     """A plan file is damaged, of another version, or not a plan at all."""
+
+
+class InvalidProblemFile(StowplanError):
+    """A packing problem's CSV file is no such table, or one of its cells cannot be; names line and column."""
 
 
 class MissingDependency(StowplanError, ImportError):
