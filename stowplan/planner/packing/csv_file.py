@@ -20,11 +20,9 @@ import numpy as np
 
 from stowplan.core.errors import InvalidArgument, InvalidProblemFile
 from stowplan.planner.packing.problem import FREE, Integers, Problem
-from stowplan.planner.packing.validate import validate
+from stowplan.planner.packing.segments import Segments
 
-__all__ = ["ProblemFile", "Segments", "load_problem", "read_problem", "to_csv"]
-
-Segments = tuple[tuple[int, int], ...]  # half-open ranges of time, in order
+__all__ = ["ProblemFile", "load_problem", "read_problem", "to_csv"]
 
 _NEEDED = ("id", "lower", "upper", "size")
 _KNOWN = (*_NEEDED, "offset", "alignment", "kind", "segment")
@@ -208,8 +206,6 @@ class _Table:
             )
         except InvalidArgument as error:
             raise InvalidProblemFile(f"{self._source}: {error}") from error
-        if fixed is not None:
-            self._check_fixed(problem, fixed)
         return ProblemFile(
             problem=problem,
             header=tuple(self._header),
@@ -244,18 +240,6 @@ class _Table:
                 f"{wanted} does not divide the alignment of all buffers, {self._alignment}: pack with a multiple of it"
             )
             self._refuse(number, why, "alignment")
-
-    def _check_fixed(self, problem: Problem, fixed: Integers) -> None:
-        kept = np.flatnonzero(fixed != FREE)
-        alone = Problem(
-            lower=problem.lower[kept],
-            upper=problem.upper[kept],
-            size=problem.size[kept],
-            names=[problem.name_of(buffer) for buffer in kept.tolist()],
-        )
-        violation = validate(alone, fixed[kept])
-        if violation is not None:
-            raise InvalidProblemFile(f"{self._source}: offsets that are kept cannot be: {violation.message}.")
 
     def _time_ranges(self) -> Segments:
         ordered = sorted(self._segments.items(), key=lambda item: item[1])
