@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
 from enum import StrEnum
+from functools import partial
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Annotated
 
@@ -97,21 +100,21 @@ def _bytes(text: str, name: str) -> int:
 
 
 def _solve(table: ProblemFile, capacity_bytes: int | None, solver: Solver, time_limit: float) -> Solution:
+    """The best addresses that are found; also where it is proved that none are within the capacity."""
     from stowplan.cli.progress import packing_progress
-    from stowplan.planner.packing import pack, validate
+    from stowplan.core.errors import InfeasibleCapacity
+    from stowplan.planner.packing import pack
 
+    began = time.monotonic()
     with packing_progress() as tell:
-        solution = pack(
-            table.problem,
-            capacity_bytes=capacity_bytes,
-            solver=solver.value,
-            segments=table.segments,
-            time_limit_seconds=time_limit,
-            on_progress=tell,
-        )
-    violation = validate(table.problem, solution.offsets)
-    assert violation is None, violation
-    return solution
+        find = partial(pack, table.problem, solver=solver.value, segments=table.segments, on_progress=tell)
+        try:
+            return find(capacity_bytes=capacity_bytes, time_limit_seconds=time_limit)
+        except InfeasibleCapacity as error:
+            left = max(0.0, began + time_limit - time.monotonic())
+            solution = find(time_limit_seconds=left)
+            bound_bytes = max(error.least_bytes, solution.bound_bytes)
+            return replace(solution, bound_bytes=bound_bytes, seconds=time.monotonic() - began)
 
 
 def _report(table: ProblemFile, solution: Solution, source: str, capacity_bytes: int | None) -> PackingReport:

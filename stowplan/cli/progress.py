@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from rich.console import Console
 
@@ -17,11 +17,15 @@ _FACTOR = 1.5  # from one line's time to that of the next, at least
 
 
 class Tell:
-    """Called with numbers by a packer; says them if it is time to."""
+    """Called with numbers by a packer; says them on ``terminal``, or if it is time to, where there is none."""
 
-    def __init__(self, console: Console | None) -> None:
-        self._status = None if console is None else console.status("packing", spinner="line")
+    def __init__(self, terminal: Console | None) -> None:
+        self._status = None if terminal is None else terminal.status("packing", spinner="line")
         self._next_seconds = _FIRST_SECONDS
+
+    def shown(self) -> AbstractContextManager[object]:
+        """The time in which the line is there."""
+        return nullcontext() if self._status is None else self._status
 
     def __call__(self, height_bytes: int, bound_bytes: int, seconds: float) -> None:
         gap = f"{height_bytes / bound_bytes - 1:.2%} above" if height_bytes > bound_bytes else "at"
@@ -38,8 +42,5 @@ def packing_progress() -> Iterator[Tell]:
     """A ``Tell`` for stderr as it is."""
     console = Console(stderr=True)
     tell = Tell(console if console.is_terminal else None)
-    if tell._status is None:
-        yield tell
-        return
-    with tell._status:
+    with tell.shown():
         yield tell

@@ -37,7 +37,7 @@ def solve_bilevel(
 
     Without them they are found where sizes repeat; if none do, all buffers are one segment. Each level is a MIP that
     starts from a greedy answer and has to better it; where more than ``MOST_PAIRS`` pairs of buffers are alive
-    together, ``pack``'s other solvers take its place, and ``Solution.solver`` says so for the outer level. The bound is
+    together, ``pack``'s other solvers take its place, and ``Solution.solver`` says so. The bound is
     that of live bytes, whatever the MIPs prove about their own problems. ``on_progress`` follows the outer level.
 
     Raises InvalidArgument for segments that overlap or are empty.
@@ -50,11 +50,13 @@ def solve_bilevel(
         return on_progress and on_progress(height_bytes, problem.bound_bytes, time.monotonic() - began)
 
     inner = list(_members(problem, segments))
-    answers, num_programs = _solve_inner(problem, inner, began + _INNER_SHARE * time_limit_seconds)
     crosses = np.ones(len(problem), dtype=np.bool_)
     for members in inner:
         crosses[members] = False
     crossing = np.flatnonzero(crosses)
+    alone = len(inner) == 1 and not len(crossing)  # nothing is left for the outer level
+    share = 1.0 if alone else _INNER_SHARE
+    answers, said = _solve_inner(problem, inner, began + share * time_limit_seconds)
     outer = _outer(problem, crossing, inner, [height for _, height in answers])
     left = max(0.0, began + time_limit_seconds - time.monotonic())
     found, how = _solve(outer, left, otherwise="auto", on_progress=tell if on_progress else None)
@@ -68,7 +70,7 @@ def solve_bilevel(
         offsets=offsets,
         height_bytes=height_of(problem, offsets),
         bound_bytes=problem.bound_bytes,
-        solver=f"bilevel ({len(inner)} segments, {num_programs} different; outer: {how})",
+        solver=f"bilevel ({said}; outer: {how})",
         seconds=time.monotonic() - began,
     )
 
@@ -100,19 +102,22 @@ def _members(problem: Problem, segments: Segments) -> Iterator[Integers]:
     yield from np.split(within, borders[1:]) if len(within) else ()
 
 
-def _solve_inner(problem: Problem, inner: list[Integers], deadline: float) -> tuple[list[tuple[Integers, int]], int]:
-    """(for each segment: offsets within it, int64 [k], and its height; how many different segments there are)."""
+def _solve_inner(problem: Problem, inner: list[Integers], deadline: float) -> tuple[list[tuple[Integers, int]], str]:
+    """(for each segment: offsets within it, int64 [k], and its height; how that was done, in words)."""
     posed = [_apart(problem, members) for members in inner]
     keys = [key for _, _, key in posed]
     answers: dict[bytes, tuple[Integers, int]] = {}
     num_left = len(set(keys))
+    ways: set[str] = set()
     for part, _, key in posed:
         if key not in answers:
             limit = max(0.0, deadline - time.monotonic()) / num_left
-            found, _ = _solve(part, limit, otherwise="greedy")
+            found, way = _solve(part, limit, otherwise="greedy")
+            ways.add(way)
             answers[key] = (found, height_of(part, found))
             num_left -= 1
-    return [(answers[key][0][back], answers[key][1]) for _, back, key in posed], len(answers)
+    said = f"segments: {len(inner)}, different: {len(answers)}, by {' and '.join(sorted(ways)) or 'nothing'}"
+    return [(answers[key][0][back], answers[key][1]) for _, back, key in posed], said
 
 
 def _solve(

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stowplan.core.errors import InvalidArgument
-from stowplan.planner.packing import FREE, Problem, validate
+from stowplan.planner.packing import FREE, Problem, Solution, bilevel, validate
 from stowplan.planner.packing.bilevel import solve_bilevel
 from stowplan.planner.packing.segments import find_segments
 from tests.planner.packing.traces import churn, layered
@@ -25,7 +25,7 @@ def test_equal_segments_are_packed_once_and_alike() -> None:
     solution = solve_bilevel(problem, time_limit_seconds=5.0)
     assert validate(problem, solution.offsets) is None
     assert solution.bound_bytes == problem.bound_bytes <= solution.height_bytes
-    assert solution.solver.startswith(f"bilevel ({len(segments)} segments, 2 different; outer: ")
+    assert solution.solver.startswith(f"bilevel (segments: {len(segments)}, different: 2, by greedy; outer: ")
     placed = set()
     for lower, upper in segments[:5]:
         inside = (problem.lower >= lower) & (problem.upper <= upper)
@@ -47,8 +47,33 @@ def test_what_crosses_a_border_is_never_in_a_segment() -> None:
 def test_without_structure_all_is_one_segment() -> None:
     problem = churn(20)
     solution = solve_bilevel(problem, time_limit_seconds=5.0)
-    assert solution.solver == "bilevel (1 segments, 1 different; outer: greedy)"
-    assert solution.height_bytes == problem.bound_bytes  # 20 buffers are few enough for the MIP
+    assert solution.solver == "bilevel (segments: 1, different: 1, by greedy; outer: greedy)"
+
+
+def _stack(problem: Problem, **_: object) -> Solution:
+    """Every buffer above the one before: a start that leaves a MIP all to do."""
+    offsets = np.cumsum(problem.aligned_size) - problem.aligned_size
+    return Solution(offsets, int(problem.aligned_size.sum()), problem.bound_bytes, "stack")
+
+
+def test_both_levels_are_programs_where_they_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bilevel, "pack", _stack)
+    rows = [(0, 2, 5), (1, 3, 4), (2, 4, 5), (0, 12, 3), (4, 9, 6), (8, 12, 6), (20, 22, 5), (21, 23, 4), (22, 24, 5)]
+    solution = solve_bilevel(problem_of(rows), ((0, 4), (20, 24)), time_limit_seconds=20.0)
+    assert solution.solver == "bilevel (segments: 2, different: 1, by MIP; outer: MIP)"
+    assert solution.height_bytes == 3 + 6 + 6
+    large = solve_bilevel(churn(300), ((0, 40),), time_limit_seconds=1.0)
+    assert large.solver == "bilevel (segments: 1, different: 1, by MIP; outer: MIP)"
+    monkeypatch.setattr(bilevel, "MOST_PAIRS", 100)
+    assert solve_bilevel(churn(300), ((0, 40),), time_limit_seconds=1.0).solver.endswith("by greedy; outer: auto)")
+
+
+def test_progress_is_that_of_the_outer_level_against_the_bound_of_the_whole() -> None:
+    problem = churn(40)
+    told: list[tuple[int, int]] = []
+    solution = solve_bilevel(problem, ((5, 15),), 1.0, lambda height, bound, seconds: told.append((height, bound)))
+    assert {bound for _, bound in told} == {problem.bound_bytes}
+    assert min(height for height, _ in told) >= solution.height_bytes
 
 
 def test_fixed_buffers_stay_and_belong_to_no_segment() -> None:
