@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from enum import StrEnum
 from functools import partial
@@ -106,7 +109,7 @@ def _solve(table: ProblemFile, capacity_bytes: int | None, solver: Solver, time_
     from stowplan.planner.packing import pack
 
     began = time.monotonic()
-    with packing_progress() as tell:
+    with _told_warnings(), packing_progress() as tell:
         find = partial(pack, table.problem, solver=solver.value, segments=table.segments, on_progress=tell)
         try:
             return find(capacity_bytes=capacity_bytes, time_limit_seconds=time_limit)
@@ -115,6 +118,15 @@ def _solve(table: ProblemFile, capacity_bytes: int | None, solver: Solver, time_
             solution = find(time_limit_seconds=left)
             bound_bytes = max(error.least_bytes, solution.bound_bytes)
             return replace(solution, bound_bytes=bound_bytes, seconds=time.monotonic() - began)
+
+
+@contextmanager
+def _told_warnings() -> Iterator[None]:
+    """Each warning in a line, once, when the work is done: without a compiler a search warns as often as it packs."""
+    with warnings.catch_warnings(record=True) as caught:
+        yield
+    for message in dict.fromkeys(str(warning.message) for warning in caught):
+        say(message)
 
 
 def _report(table: ProblemFile, solution: Solution, source: str, capacity_bytes: int | None) -> PackingReport:

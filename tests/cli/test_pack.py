@@ -20,6 +20,7 @@ from stowplan.cli import app
 from stowplan.cli.progress import Tell
 from stowplan.planner.packing import validate
 from stowplan.planner.packing.csv_file import load_problem, to_csv
+from stowplan.planner.packing.library import library
 from tests.cli.commands import run, told
 from tests.planner.packing.traces import churn, layered
 
@@ -209,6 +210,21 @@ def test_pictures(buffers: Path, tmp_path: Path) -> None:
     assert "<td>10 B</td>" in text
 
 
+@pytest.mark.parametrize("name", ["<script>alert(1)<", "\x1b[2J\n", "\udcff", "[bold]", "&amp;"])
+def test_hostile_names_of_files(name: str, tmp_path: Path) -> None:
+    file = tmp_path / f"{name}.csv"
+    file.write_text(ROWS)
+    for suffix in (".svg", ".html"):
+        picture, out = tmp_path / f"{name}{suffix}", tmp_path / f"{name}.out"
+        result = run("pack", file, "--picture", picture, "--out", out, "--capacity", "1")
+        over(result)
+        assert "\x1b" not in result.stdout + result.stderr
+        assert "<script" not in picture.read_text()
+    assert "[bold]" in result.stdout or name != "[bold]"
+    assert json.loads(run("pack", file, "--json").stdout)["file"] == str(file)
+    assert "line 1 lacks" in told(run("pack", picture), 2)
+
+
 # ---- what cannot be --------------------------------------------------------------------------------------------------
 
 
@@ -253,6 +269,21 @@ def test_any_file_is_packed_or_refused(tmp_path: Path, noise: bytes, start: byte
     result = run("pack", file, "--time-limit", "0.1", "--picture", tmp_path / "map.svg")
     assert result.exit_code in (0, 2), result.output
     assert result.exit_code == 0 or told(result, 2).startswith("stowplan: ")
+
+
+@pytest.mark.filterwarnings("default")
+def test_no_compiler_is_told_in_a_line(buffers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("STOWPLAN_CACHE_DIR", str(tmp_path / "cache"))
+    library.cache_clear()
+    try:
+        result = run("pack", buffers, "--solver", "bilevel", "--time-limit", "5")
+        assert result.exit_code == 0, result.output
+        assert len(result.stderr.splitlines()) == 1
+        assert "CXX='no-such-compiler' is not there" in result.stderr
+        assert "CXX='no-such-compiler' is not there" in told(run("pack", buffers, "--solver", "exact"), 2)
+    finally:
+        library.cache_clear()
 
 
 # ---- progress --------------------------------------------------------------------------------------------------------
