@@ -25,7 +25,8 @@ Integers = npt.NDArray[np.int64]
 WIDTH, HEIGHT = 20_000, 10_000  # of the stretched picture
 MOST_RECTANGLES = 40_000
 _HEADROOM = 1.04
-_MOST_OUTLINED = 3_000  # rectangles: more of them would be drawn as nothing but outlines
+_MOST_EMPTY = 0.5  # of the height: a capacity further above is not drawn
+_LEAST_OUTLINED = 40  # median height of rectangles: lower ones would be drawn as nothing but outlines
 
 _OF_KIND = {
     **dict.fromkeys(("parameter", "parameters", "weight", "weights"), 0),
@@ -68,7 +69,13 @@ class AddressMap:
     @property
     def top_bytes(self) -> float:
         """The address at the upper edge of the picture."""
-        return _HEADROOM * max(self.height_bytes, self.capacity_bytes or 0, 1)
+        return _HEADROOM * max(self.height_bytes, self.drawn_capacity_bytes or 0, 1)
+
+    @property
+    def drawn_capacity_bytes(self) -> int | None:
+        """The capacity, if there is one and it is not far above all buffers."""
+        capacity, most = self.capacity_bytes, (1 + _MOST_EMPTY) * self.height_bytes
+        return None if capacity is None or capacity > most else capacity
 
     @property
     def times(self) -> tuple[int, int]:
@@ -151,7 +158,7 @@ def marks(chart: AddressMap) -> tuple[str, int, float]:
     right = np.maximum(_scaled(chart.upper, first, last - first, WIDTH), left + 1)
     bottom = _scaled(chart.offsets, 0, chart.top_bytes, HEIGHT)
     top = np.maximum(_scaled(chart.offsets + chart.size, 0, chart.top_bytes, HEIGHT), bottom + 1)
-    outlined = " o" if len(areas) <= _MOST_OUTLINED else ""
+    outlined = " o" if len(areas) and np.median(top - bottom) >= _LEAST_OUTLINED else ""
     paths = []
     for category in categories(chart):
         members = category.members[shown[category.members]]

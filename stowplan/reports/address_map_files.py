@@ -118,7 +118,7 @@ def _largest(chart: AddressMap) -> str:
     rows = "".join(_row(chart, buffer) for buffer in largest.tolist())
     return (
         f"<h2>At the peak</h2><p>The largest buffers at time {peak:,}, when most bytes are alive.</p>"
-        "<table><thead><tr><th>buffer</th><th>size</th><th>offset (bytes)</th><th>lifetime</th></tr></thead>"
+        "<table><thead><tr><th>buffer</th><th>size</th><th>offset</th><th>lifetime</th></tr></thead>"
         f"<tbody>{rows}</tbody></table>"
     )
 
@@ -128,7 +128,7 @@ def _row(chart: AddressMap, buffer: int) -> str:
     cells = (
         escape(_cut(chart.names[buffer], _LONGEST_NAME)),
         format_bytes(int(chart.size[buffer])),
-        f"{int(chart.offsets[buffer]):,}",
+        format_bytes(int(chart.offsets[buffer])),
         f"{lower:,} to {upper:,}",
     )
     return "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
@@ -136,10 +136,13 @@ def _row(chart: AddressMap, buffer: int) -> str:
 
 def _lines(chart: AddressMap) -> list[tuple[str, int, str]]:
     """(class, address, label) of the lines across the picture."""
-    used = ("used", chart.height_bytes, f"highest address {format_bytes(chart.height_bytes)}")
+    label = f"highest address {format_bytes(chart.height_bytes)}"
     if chart.capacity_bytes is None:
-        return [used]
-    return [("capacity", chart.capacity_bytes, f"capacity {format_bytes(chart.capacity_bytes)}"), used]
+        return [("used", chart.height_bytes, label)]
+    capacity = format_bytes(chart.capacity_bytes)
+    if chart.drawn_capacity_bytes is None:
+        return [("used", chart.height_bytes, f"{label} of {capacity}")]
+    return [("capacity", chart.capacity_bytes, f"capacity {capacity}"), ("used", chart.height_bytes, label)]
 
 
 def _note(num_left_out: int, share: float) -> str:
@@ -169,14 +172,14 @@ _PAGE_STYLE = (
     ":root{color-scheme:light dark}"
     "body{margin:0;background:var(--bg);color:var(--ink);font:16px/24px system-ui,sans-serif;"
     "font-variant-numeric:tabular-nums}"
-    "main{max-width:1120px;margin:0 auto;padding:24px;overflow-wrap:anywhere}"
+    "main{max-width:1120px;margin:0 auto;padding:24px}"
     "h1{font-size:28px;line-height:35px;font-weight:650;margin:0 0 16px}"
     "h2{font-size:20px;line-height:26px;margin:48px 0 0}"
     "p{max-width:52em;margin:0 0 12px;color:var(--ink2)}"
     "table{border-collapse:collapse;font-size:14px}"
     "th,td{text-align:left;padding:4px 24px 4px 0;border-bottom:1px solid var(--rule);font-weight:400;"
     "vertical-align:top}"
-    "th{color:var(--ink2)}"
+    "th{color:var(--ink2);white-space:nowrap}h1,td{overflow-wrap:anywhere}"
     ".plot{position:relative;height:440px;margin:0 12px 32px 84px;background:var(--panel)}"
     ".plot>svg{position:absolute;width:100%;height:100%}"
     ".plot>i,.plot>b,.plot>span{position:absolute;font-size:12px;line-height:16px;font-weight:400;color:var(--ink2)}"
@@ -184,11 +187,12 @@ _PAGE_STYLE = (
     ".up{right:100%;margin:0 8px -8px 0;white-space:nowrap}"
     ".across{top:100%;transform:translateX(-50%);margin-top:6px;white-space:nowrap}"
     ".line{left:0;right:0;height:18px}"
-    ".line em{font-style:normal;background:var(--panel);padding:0 4px}"
+    ".line em{font-style:normal;white-space:nowrap;background:var(--panel);padding:0 4px}"
     ".plot>.capacity{border-bottom:1.5px solid var(--ink);color:var(--ink)}"
     ".plot>.used{border-bottom:1px dashed var(--ink2);text-align:right}"
     ".key{list-style:none;display:flex;flex-wrap:wrap;gap:6px 24px;margin:0 0 12px 84px;padding:0;font-size:13px}"
     ".key svg{width:14px;height:14px;margin-right:6px;vertical-align:-2px}"
-    "@media (max-width:760px){main{padding:16px}h1{font-size:21px;line-height:27px}.plot,.key{margin-left:64px}}"
+    "@media (max-width:760px){main{padding:16px}h1{font-size:21px;line-height:27px}th,td{padding-right:12px}}"
+    "@media (max-width:760px){.plot,.key{margin-left:64px}}"
     "@media (max-width:760px){.across:nth-of-type(even){display:none}}"
 )

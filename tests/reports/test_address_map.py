@@ -63,10 +63,10 @@ def rectangles(paths: str) -> dict[str, list[tuple[int, int, int, int]]]:
 
 
 def test_a_rectangle_is_where_its_buffer_is() -> None:
-    drawn, left_out, share = marks(chart([(0, 10, 100, 0), (5, 20, 50, 100)], capacity_bytes=1000))
+    drawn, left_out, share = marks(chart([(0, 10, 100, 0), (5, 20, 50, 100)], capacity_bytes=200))
     assert (left_out, share) == (0, 0.0)
     (found,) = rectangles(drawn).values()
-    scale = HEIGHT / (1.04 * 1000)
+    scale = HEIGHT / (1.04 * 200)
     assert found == [
         (0, 0, WIDTH // 2, round(100 * scale)),
         (WIDTH // 4, round(100 * scale), WIDTH, round(150 * scale)),
@@ -231,6 +231,15 @@ def test_lines_say_capacity_and_highest_address() -> None:
         text = draw(chart([(0, 1, 2**20, 0)], capacity_bytes=2**19))
         assert ">capacity 512.00 KiB<" in text
         assert ">highest address 1.00 MiB<" in text
+        text = draw(chart([(0, 1, 2**20, 0)], capacity_bytes=2**30))
+        assert ">highest address 1.00 MiB of 1.00 GiB<" in text
+        assert ">capacity" not in text
+
+
+def test_rectangles_are_outlined_unless_they_are_too_low() -> None:
+    assert list(rectangles(marks(chart([(0, 1, 50, 0), (0, 1, 50, 50)]))[0])) == ["c7 o"]
+    many = [(0, 1, 50, 50 * number) for number in range(400)]
+    assert list(rectangles(marks(chart(many))[0])) == ["c7"]
 
 
 def test_nothing_to_draw() -> None:
