@@ -9,7 +9,6 @@ import time
 
 import numpy as np
 
-from stowplan.core.errors import SolverFailed
 from stowplan.planner.packing.library import scale
 from stowplan.planner.packing.problem import FREE, Integers, Problem
 from stowplan.planner.packing.validate import validate
@@ -39,6 +38,7 @@ def solve_mip(problem: Problem, incumbent: Integers, time_limit_seconds: float) 
 
     HiGHS is asked for something lower within ``time_limit_seconds``, building the program included. Its offsets are
     not believed: they only say in which order buffers are put where they fit, which is at least as low as they were.
+    Raises SolverFailed where there is no HiGHS.
     """
     height = height_of(problem, incumbent)
     if height <= problem.bound_bytes or num_pairs(problem) > MOST_PAIRS:
@@ -49,10 +49,7 @@ def solve_mip(problem: Problem, incumbent: Integers, time_limit_seconds: float) 
     left = deadline - time.monotonic()
     if left < _LEAST_SECONDS:
         return incumbent
-    try:
-        rows.solve("HiGHS", left, gap=0.0)
-    except SolverFailed:  # no answer is no reason to have none: there is one already
-        return incumbent
+    rows.solve("HiGHS", left, gap=0.0)
     values = [offset.value() for offset in offsets]
     if None in values or not np.isfinite(values).all():
         return incumbent

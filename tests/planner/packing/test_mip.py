@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stowplan.core.errors import SolverFailed
 from stowplan.planner import rows
 from stowplan.planner.packing import FREE, Problem, mip, validate
 from stowplan.planner.packing.mip import height_of, num_pairs, solve_mip
@@ -122,12 +123,12 @@ def test_values_of_a_solver_are_not_believed(values: float | str | None, monkeyp
     assert height_of(problem, offsets) <= height_of(problem, incumbent)
 
 
-def test_a_solver_that_fails_leaves_what_was_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_solver_that_fails_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     class Broken(_Liar):
         def actualSolve(self, program: pulp.LpProblem, **_: object) -> int:
             raise pulp.PulpSolverError("no licence")
 
     monkeypatch.setattr(rows, "_solver", Broken)
     problem = churn(30)
-    incumbent = stacked(problem)
-    assert solve_mip(problem, incumbent, 20.0) is incumbent
+    with pytest.raises(SolverFailed, match="no licence"):
+        solve_mip(problem, stacked(problem), 20.0)
