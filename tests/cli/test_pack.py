@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from stowplan.cli import app
-from stowplan.cli.progress import Tell
+from stowplan.cli.progress import Tell, packing_progress
 from stowplan.planner.packing import validate
 from stowplan.planner.packing.csv_file import load_problem, to_csv
 from stowplan.planner.packing.library import library
@@ -306,6 +307,16 @@ def test_progress_is_one_line_on_a_terminal() -> None:
         tell(2**20, 2**20, 12.0)
     assert "packing: 1.00 MiB, at the bound, 12 s" in shown.getvalue()
     assert shown.getvalue().endswith("\x1b[2K")  # the line is taken back
+
+
+def test_an_interrupt_ends_the_search_and_a_second_one_the_command() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), packing_progress() as tell:  # noqa: PT012
+        assert not tell(2, 1, 0.0)
+        signal.raise_signal(signal.SIGINT)
+        assert tell(2, 1, 0.1)
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.slow
