@@ -23,6 +23,7 @@ from stowplan.planner.packing import validate
 from stowplan.planner.packing.csv_file import load_problem, to_csv
 from stowplan.planner.packing.library import library
 from tests.cli.commands import run, told
+from tests.planner.packing.problems import DSA
 from tests.planner.packing.traces import churn, layered
 
 # Three alive together at most, 30 bytes of them: the least height is 30.
@@ -80,6 +81,12 @@ def test_every_solver_gives_addresses_that_are_right(solver: str, tmp_path: Path
     assert validate(problem, offsets) is None
     assert f"solver      {solver}" in result.stdout
     assert f"height      {(offsets + problem.aligned_size).max():,} B" in result.stdout
+
+
+def test_a_file_of_minimalloc_fits_its_capacity() -> None:
+    result = run("pack", DSA / "B.1048576.csv", "--capacity", "1MiB", "--time-limit", "120")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("Fits: 170 buffers in 1.00 MiB of 1.00 MiB, which is the least.")
 
 
 def test_the_solved_file_has_all_that_was_there(buffers: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from stowplan.core.errors import InvalidArgument, InvalidProblemFile
 from stowplan.planner.packing import FREE
 from stowplan.planner.packing.csv_file import ProblemFile, load_problem, read_problem, to_csv
+from tests.planner.packing.problems import DSA, DSA_CAPACITY, DSA_NAMES, dsa
 
 PLAIN = b"id,lower,upper,size\na,0,4,100\nb,2,6,50\nc,4,9,7\n"
 
@@ -279,16 +280,20 @@ def test_any_bytes(text: bytes) -> None:
 PIECES = [b",", b"\n", b"\r", b'"', b"\0", b"-", b"9" * 25, b"\xff", b"1e5", b"", b"\xef\xbb\xbf", b"=cmd()", b"id"]
 
 
-@given(st.randoms(use_true_random=False), st.integers(1, 6))
+@pytest.mark.parametrize("name", DSA_NAMES)
+def test_files_of_minimalloc(name: str) -> None:
+    file, expected = load_problem(DSA / f"{name}.{DSA_CAPACITY}.csv"), dsa(name)
+    for column in ("lower", "upper", "size"):
+        np.testing.assert_array_equal(getattr(file.problem, column), getattr(expected, column))
+    assert file.problem.names == tuple(str(number) for number in range(len(expected)))
+
+
+@given(st.sampled_from(DSA_NAMES), st.randoms(use_true_random=False), st.integers(1, 6))
 @settings(max_examples=300, deadline=None)
-def test_damaged_files(chance: random.Random, num_damages: int) -> None:
-    rows = [
-        f"{buffer},{lower},{lower + chance.randint(1, 99)},{chance.randint(1, 9) * 1024},{lower % 7},k"
-        for buffer, lower in enumerate(chance.choices(range(1000), k=30))
-    ]
-    text = "\n".join(["id,lower,upper,size,offset,kind", *rows]).encode()
+def test_damaged_files(name: str, chance: random.Random, num_damages: int) -> None:
+    text = (DSA / f"{name}.{DSA_CAPACITY}.csv").read_bytes()
     for _ in range(num_damages):
-        first = chance.randrange(len(text) + 1)
+        first = chance.randrange(len(text) + 1) if chance.random() < 0.7 else chance.randrange(30)
         last = min(len(text), first + chance.choice([0, 0, 1, 2, 40]))
         text = text[:first] + chance.choice(PIECES) + text[last:]
     _read_or_refuse(text)
