@@ -16,7 +16,7 @@ from stowplan.planner.packing.validate import Verdict, validate
 
 __all__ = ["Solver", "pack"]
 
-Solver = Literal["auto", "greedy", "exact", "bilevel", "python"]
+Solver = Literal["auto", "greedy", "exact", "python", "bilevel"]
 
 
 def pack(
