@@ -20,7 +20,6 @@ from stowplan.planner.packing.mip import MOST_PAIRS, height_of, num_pairs, solve
 from stowplan.planner.packing.problem import FREE, Integers, Problem, Solution
 from stowplan.planner.packing.segments import Segments, find_segments, whole
 from stowplan.planner.packing.solve import Solver, pack
-from stowplan.planner.packing.validate import validate
 
 __all__ = ["solve_bilevel"]
 
@@ -37,8 +36,8 @@ def solve_bilevel(
 
     Without them they are found where sizes repeat; if none do, all buffers are one segment. Each level is a MIP that
     starts from a greedy answer and has to better it; where more than ``MOST_PAIRS`` pairs of buffers are alive
-    together, ``pack``'s other solvers take its place, and ``Solution.solver`` says so. The bound is
-    that of live bytes, whatever the MIPs prove about their own problems. ``on_progress`` follows the outer level.
+    together, ``pack``'s other solvers take its place, and ``Solution.solver`` says so. The bound is that of live bytes,
+    whatever the MIPs prove about their own problems. ``on_progress`` follows the outer level. ``pack`` checks the answer.
 
     Raises InvalidArgument for segments that overlap or are empty.
     """
@@ -64,8 +63,6 @@ def solve_bilevel(
     offsets[crossing] = found[: len(crossing)]
     for members, (places, _), start in zip(inner, answers, found[len(crossing) :].tolist(), strict=True):
         offsets[members] = start + places
-    violation = validate(problem, offsets)
-    assert violation is None, violation
     return Solution(
         offsets=offsets,
         height_bytes=height_of(problem, offsets),
