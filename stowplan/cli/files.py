@@ -36,16 +36,24 @@ def refuse_missing_directory(out: str | Path | None, option: str = "--out") -> N
 
 
 def write_text(name: str, text: str) -> None:
-    """``text`` as UTF-8: a file is replaced at once or not at all, what is no regular file (a pipe) is written to."""
+    """``text`` as UTF-8: a file is replaced at once or not at all, what is no regular file (a pipe) is written to.
+
+    Raises OSError that names the file.
+    """
     if name == STANDARD:
         stream = typer.get_binary_stream("stdout")
         stream.write(text.encode("utf-8"))
         stream.flush()
         return
     path = Path(name)
-    if path.exists() and not path.is_file():
-        path.write_text(text, encoding="utf-8", newline="")
-        return
-    draft = path.with_name(path.name + ".tmp")
-    draft.write_text(text, encoding="utf-8", newline="")
-    draft.replace(path)
+    replaced = path.is_file() or not path.exists()
+    draft = path.with_name(path.name + ".tmp") if replaced else path
+    try:
+        draft.write_text(text, encoding="utf-8", newline="")
+        if replaced:
+            draft.replace(path)
+    except OSError as error:
+        error.filename = name  # also where a write fails, which does not know of names
+        if replaced and draft.is_file():
+            draft.unlink()
+        raise

@@ -143,6 +143,13 @@ def test_what_is_no_regular_file_is_written_to_as_it_is(buffers: Path) -> None:
     assert done.stdout.startswith("id,lower,upper,size,kind,note,offset\nw,0,9,10,weights,")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it")
+def test_a_full_disk_is_told(buffers: Path, tmp_path: Path) -> None:
+    assert "/dev/full: No space left on device" in told(run("pack", buffers, "--out", "/dev/full"), 2)
+    (tmp_path / "out.csv.tmp").mkdir()
+    assert "out.csv: Is a directory" in told(run("pack", buffers, "--out", tmp_path / "out.csv"), 2)
+
+
 def test_kept_offsets_stay(tmp_path: Path) -> None:
     file = tmp_path / "in.csv"
     file.write_text("id,lower,upper,size,offset\na,0,4,10,100\nb,0,4,10,\n")

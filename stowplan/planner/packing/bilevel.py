@@ -37,7 +37,8 @@ def solve_bilevel(
     Without them they are found where sizes repeat; if none do, all buffers are one segment. Each level is a MIP that
     starts from a greedy answer and has to better it; where more than ``MOST_PAIRS`` pairs of buffers are alive
     together, ``pack``'s other solvers take its place, and ``Solution.solver`` says so. The bound is that of live bytes,
-    whatever the MIPs prove about their own problems. ``on_progress`` follows the outer level. ``pack`` checks the answer.
+    whatever the MIPs prove about their own problems. ``on_progress`` follows the outer level. ``pack`` checks the
+    answer.
 
     Raises InvalidArgument for segments that overlap or are empty.
     """
