@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from stowplan.core.errors import (
         BudgetExceeded,
+        CompilationFailed,
         InfeasibleBudget,
+        InfeasibleCapacity,
         InvalidArgument,
         InvalidPlanFile,
         InvalidProblemFile,
@@ -51,8 +53,10 @@ __version__ = "0.1.0"
 __all__ = [
     "Action",
     "BudgetExceeded",
+    "CompilationFailed",
     "Hardware",
     "InfeasibleBudget",
+    "InfeasibleCapacity",
     "InvalidArgument",
     "InvalidPlanFile",
     "InvalidProblemFile",

@@ -21,8 +21,10 @@ ROOT = Path(__file__).parent.parent
 NAMES = [
     "Action",
     "BudgetExceeded",
+    "CompilationFailed",
     "Hardware",
     "InfeasibleBudget",
+    "InfeasibleCapacity",
     "InvalidArgument",
     "InvalidPlanFile",
     "InvalidProblemFile",
