@@ -15,9 +15,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from stowplan.core.errors import (
         BudgetExceeded,
+        CompilationFailed,
         InfeasibleBudget,
+        InfeasibleCapacity,
         InvalidArgument,
         InvalidPlanFile,
+        InvalidProblemFile,
         InvalidSize,
         MissingDependency,
         NoGradients,
@@ -50,10 +53,13 @@ __version__ = "0.1.0"
 __all__ = [
     "Action",
     "BudgetExceeded",
+    "CompilationFailed",
     "Hardware",
     "InfeasibleBudget",
+    "InfeasibleCapacity",
     "InvalidArgument",
     "InvalidPlanFile",
+    "InvalidProblemFile",
     "InvalidSize",
     "Measurement",
     "MissingDependency",
