@@ -62,6 +62,7 @@ struct Arena {
   int64_t read_log(int steps_ago, ArenaEvent* events, int64_t most);
   void stats(ArenaStats* stats);
   void reset_peak();
+  void forget();
   void trim();
 
   std::mutex mutex;
@@ -356,8 +357,10 @@ void Arena::record(int64_t most_events) {
 }
 
 void Arena::log(int64_t kind, int64_t block, int64_t size, const Lane& lane) {
-  if (static_cast<int64_t>(logs_[0].size()) < most_events_) logs_[0].push_back({kind, block, size, lane.thread, lane.stream});
-  else if (most_events_) ++step_.dropped_events;
+  if (static_cast<int64_t>(logs_[0].size()) < most_events_)
+    logs_[0].push_back({kind, block, size, lane.thread, lane.stream});
+  else if (most_events_)
+    ++step_.dropped_events;
 }
 
 int64_t Arena::read_log(int steps_ago, ArenaEvent* events, int64_t most) {
@@ -393,6 +396,20 @@ void Arena::stats(ArenaStats* stats) {
 void Arena::reset_peak() {
   std::lock_guard lock(mutex);
   stats_.live_peak_bytes = stats_.fallback_bytes + stats_.planned_bytes;
+}
+
+void Arena::forget() {
+  std::lock_guard lock(mutex);
+  follower_ = Follower();
+  serving_ = false;
+  most_events_ = 0;
+  for (auto& log : logs_) log = {};
+  step_ = {};
+  stats_ = {.planned_bytes = stats_.planned_bytes, .fallback_bytes = stats_.fallback_bytes};
+  note_peak();
+  if (slab_ && slab_->idle()) release(*slab_);
+  else if (slab_) retired_.push_back(std::move(slab_));
+  slab_.reset();
 }
 
 void Arena::trim() {
@@ -467,4 +484,5 @@ int64_t arena_read_log(Arena* arena, int steps_ago, ArenaEvent* events, int64_t 
 }
 void arena_stats(Arena* arena, ArenaStats* stats) { arena->stats(stats); }
 void arena_reset_peak(Arena* arena) { arena->reset_peak(); }
+void arena_forget(Arena* arena) { arena->forget(); }
 void arena_trim(Arena* arena) { arena->trim(); }

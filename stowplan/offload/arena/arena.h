@@ -94,4 +94,6 @@ ARENA_API int64_t arena_read_log(Arena* arena, int steps_ago, ArenaEvent* events
 
 ARENA_API void arena_stats(Arena* arena, ArenaStats* stats);
 ARENA_API void arena_reset_peak(Arena* arena);
+// Every plan, log and counter goes, and the slab as soon as no block is in it; blocks that are alive stay.
+ARENA_API void arena_forget(Arena* arena);
 ARENA_API void arena_trim(Arena* arena);  // gives cached memory back

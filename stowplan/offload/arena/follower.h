@@ -159,7 +159,7 @@ class Follower {
     return &(*plan_->find(lane))[place.cursor++];
   }
 
-  std::list<ArenaPlan> plans_;  // a list: plan_ stays where it is
+  std::list<ArenaPlan> plans_;  // a list: what plan_ points to stays where it is
   ArenaPlan* plan_ = nullptr;
   std::vector<Place> places_;
   int64_t resynchronisations_ = 0;
