@@ -1,7 +1,6 @@
 """Addresses for buffers whose lifetimes are known, so that the highest address is least."""
 
 from stowplan.planner.packing.problem import FREE, Problem, Solution
-from stowplan.planner.packing.standin import pack
 from stowplan.planner.packing.validate import Verdict, Violation, validate
 
-__all__ = ["FREE", "Problem", "Solution", "Verdict", "Violation", "pack", "validate"]
+__all__ = ["FREE", "Problem", "Solution", "Verdict", "Violation", "validate"]
