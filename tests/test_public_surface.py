@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 
 NAMES = [
     "Action",
+    "ArenaUnavailable",
     "BudgetExceeded",
     "Hardware",
     "InfeasibleBudget",
@@ -42,6 +43,7 @@ NAMES = [
     "allow_replay",
     "applied",
     "apply",
+    "arena",
     "dry",
     "linear_cross_entropy",
     "measure",

@@ -34,9 +34,9 @@ class Stats:
     device: ``"cpu"``, ``"cuda:0"``; None: it could not be installed, and torch's own allocator serves.
     steps: training steps that ended. requests: all, of which ``small`` are below what is ever planned.
     hits: served at planned addresses. misses: in a lane (thread and stream) that has a plan, and not served from it,
-    of which ``overlaps`` because the planned bytes were still in use. unplanned: blocks that the plan knows and gives no
-    address. strangers: from lanes without a plan. resynchronisations: times that the place in the plan was found again;
-    plan_changes: that another plan was found to fit within a step.
+    of which ``overlaps`` because the planned bytes were still in use. unplanned: blocks that the plan knows and gives
+    no address. strangers: from lanes without a plan. resynchronisations: times that the place in the plan was found
+    again; plan_changes: that another plan was found to fit within a step.
     plans: kept now; planned_requests: addresses in the last used; height_bytes: of the highest;
     planning_seconds: spent on them.
     peak_bytes: the highest end of an address that was served; slab_bytes: reserved for plans; reserved_bytes: with what
@@ -93,8 +93,7 @@ class _Installed:
 
     def remove(self) -> None:
         self._hook.remove()
-        self.arena.serve(False)
-        self.arena.record(0)
+        self.arena.forget()
 
     def step(self) -> None:
         self._boundaries = None  # who marks steps marks all of them
@@ -114,17 +113,19 @@ class _Installed:
             self._at_work.release()
 
 
-_installed: _Installed | None = None
-_unavailable = False  # asked for, and torch's own allocator serves
+class _Process:
+    """There is one allocator in a process."""
+
+    installed: _Installed | None = None
+    unavailable = False  # asked for, and torch's own allocator serves
 
 
 def install(
     device: str | None, pack: Packer, *, slab_bytes: int, most_plans: int, strict: bool, notify: Callable[[str], None]
 ) -> None:
     """See ``stowplan.arena.install``."""
-    global _installed, _unavailable  # noqa: PLW0603: there is one allocator in a process
-    if _installed is not None:
-        raise ArenaUnavailable(f"the arena is installed already, for {_installed.device}: install it once.")
+    if _Process.installed is not None:
+        raise ArenaUnavailable(f"the arena is installed already, for {_Process.installed.device}: install it once.")
     if most_plans < 1:
         raise InvalidArgument(f"most_plans={most_plans}: give a positive number of plans.")
     chosen = _device(device)
@@ -133,12 +134,12 @@ def install(
     except CompilationFailed as error:
         if strict:
             raise
-        _unavailable = True
+        _Process.unavailable = True
         warnings.warn(f"the arena is not installed, torch's own allocator serves: {error}", stacklevel=3)
         return
     if slab_bytes and not arena.reserve(slab_bytes):
         raise ArenaUnavailable(f"slab={slab_bytes} bytes: so much memory cannot be had on {chosen}; give less.")
-    _installed = _Installed(str(chosen), arena, Learner(arena, pack, alignment, most_plans), uninstall_)
+    _Process.installed = _Installed(str(chosen), arena, Learner(arena, pack, alignment, most_plans), uninstall_)
 
 
 def _device(given: str | None) -> torch.device:
@@ -151,7 +152,7 @@ def _device(given: str | None) -> torch.device:
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise ArenaUnavailable(f"device={given!r}: torch sees no CUDA device here.")
-        if device.index is None:
+        if str(device) == "cuda":
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     return device
 
@@ -196,37 +197,36 @@ def say(message: str) -> None:
 
 def uninstall() -> None:
     """See ``stowplan.arena.uninstall``."""
-    global _installed, _unavailable
-    if _installed is not None:
-        if _installed.uninstall is None:
+    if _Process.installed is not None:
+        if _Process.installed.uninstall is None:
             raise ArenaUnavailable(
                 "torch keeps its CUDA allocator for the life of the process: the arena stays. To compare with torch's "
                 "own, run another process without it."
             )
-        _installed.uninstall()
-        _installed.remove()
-    _installed, _unavailable = None, False
+        _Process.installed.uninstall()
+        _Process.installed.remove()
+    _Process.installed, _Process.unavailable = None, False
 
 
 def step() -> None:
     """See ``stowplan.arena.step``."""
-    if _installed is not None:
-        _installed.step()
-    elif not _unavailable:
+    if _Process.installed is not None:
+        _Process.installed.step()
+    elif not _Process.unavailable:
         raise ArenaUnavailable("the arena is not installed: call stowplan.arena.install() first.")
 
 
 def stats() -> Stats:
     """See ``stowplan.arena.stats``."""
-    if _installed is None:
-        if _unavailable:
+    if _Process.installed is None:
+        if _Process.unavailable:
             return Stats()
         raise ArenaUnavailable("the arena is not installed: call stowplan.arena.install() first.")
-    counted = _installed.arena.stats()
-    learner = _installed.learner
+    counted = _Process.installed.arena.stats()
+    learner = _Process.installed.learner
     plans = list(learner.plans.values())
     return Stats(
-        device=_installed.device,
+        device=_Process.installed.device,
         **{name: getattr(counted, name) for name, *_ in counted._fields_},
         plans=len(plans),
         planned_requests=plans[-1].num_requests if plans else 0,

@@ -1,4 +1,4 @@
-"""The compiled arena: built for the installed torch on first use, loaded with ctypes. See ``arena.h`` for what it does."""
+"""The compiled arena: built for the installed torch on first use, loaded with ctypes. ``arena.h`` says what it does."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ class Arena:
         self._functions.arena_record(self._handle, ctypes.c_int64(most_events))
 
     def log(self, steps_ago: int, most_events: int) -> Integers:
-        """Events [n, 5]: kind, block, size, thread, stream; of this step (0), the last whole one (1), the one before."""
+        """Events [n, 5]: kind, block, size, thread, stream; of this step (0), of the last (1), or before (2)."""
         events = np.empty((most_events, _EVENT_COLUMNS), np.int64)
         count = self._functions.arena_read_log(
             self._handle, ctypes.c_int(steps_ago), _pointer(events), ctypes.c_int64(most_events)
@@ -152,6 +152,10 @@ class Arena:
         counted = ArenaStats()
         self._functions.arena_stats(self._handle, ctypes.byref(counted))
         return counted
+
+    def forget(self) -> None:
+        """Every plan, log and counter goes, and the slab as soon as no block is in it; blocks that are alive stay."""
+        self._functions.arena_forget(self._handle)
 
     def reset_peak(self) -> None:
         """``live_peak_bytes`` begins anew."""

@@ -84,7 +84,7 @@ class Layout:
 
 
 def lay_out(step: StepLog, before: StepLog, alignment: int, pack: Packer) -> Layout:
-    """Addresses for what ``step`` asks for; ``before`` is the step before it, which says what crosses from step to step.
+    """Addresses for what ``step`` asks for; the step ``before`` it says what crosses from one to the next.
 
     Streams do not share bytes: one would have to wait for the other.
     """

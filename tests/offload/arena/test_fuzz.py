@@ -25,12 +25,9 @@ def built(directory: Path, sources: Path = SOURCES, flags: tuple[str, ...] = ())
     if compiler is None:
         pytest.skip("needs a C++ compiler")
     program = directory / "fuzz"
-    subprocess.run(
-        [compiler, "-std=c++20", "-g", "-O1", *flags, "-I", str(sources), str(sources / "arena.cpp")]
-        + [str(HERE / "fuzz.cpp"), "-pthread", "-o", str(program)],
-        check=True,
-        timeout=200,
-    )
+    files = [str(sources / "arena.cpp"), str(HERE / "fuzz.cpp")]
+    options = ["-std=c++20", "-g", "-O1", "-pthread", *flags, "-I", str(sources)]
+    subprocess.run([compiler, *options, *files, "-o", str(program)], check=True, timeout=200)
     return program
 
 
@@ -40,7 +37,8 @@ def run(program: Path, *arguments: int) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    "sanitizer", ["plain", pytest.param("address", marks=pytest.mark.slow), pytest.param("thread", marks=pytest.mark.slow)]
+    "sanitizer",
+    ["plain", pytest.param("address", marks=pytest.mark.slow), pytest.param("thread", marks=pytest.mark.slow)],
 )
 def test_no_use_corrupts_or_crashes(sanitizer: str, tmp_path: Path) -> None:
     program = built(tmp_path, flags=SANITIZERS[sanitizer])

@@ -70,6 +70,10 @@ class Device:
     def check(self, stream: int, pointer: int, size: int, value: int) -> None:
         self.runtime.stand_in_check(*map(ctypes.c_void_p, (stream, pointer, size)), value)
 
+    def check_and_free(self, stream: int, pointer: int, size: int, value: int) -> None:
+        self.check(stream, pointer, size, value)
+        self.free(pointer)
+
     def order(self, waiting: int, working: int) -> None:
         self.runtime.stand_in_order(ctypes.c_void_p(waiting), ctypes.c_void_p(working))
 
@@ -134,20 +138,17 @@ def _random_program(device: Device, seed: int) -> None:
             pointer, value = device.allocate(size, stream), chance.randrange(256)
             assert pointer is not None
             device.fill(stream, pointer, size, value)
-            alive.append((pointer, size, stream, value))
+            alive.append((stream, pointer, size, value))
             if chance.random() < 0.3:
                 user = chance.choice([MAIN, SIDE, OTHER])
                 device.order(user, stream)
                 device.check(user, pointer, size, value)
                 device.record_stream(pointer, user)
             while alive and chance.random() < 0.6:
-                pointer, size, stream, value = alive.pop(chance.randrange(len(alive)))
-                device.check(stream, pointer, size, value)
-                device.free(pointer)
+                device.check_and_free(*alive.pop(chance.randrange(len(alive))))
             device.run(chance.choice([MAIN, SIDE, OTHER]), chance.randrange(6))
-        for pointer, size, stream, value in alive:
-            device.check(stream, pointer, size, value)
-            device.free(pointer)
+        for block in alive:
+            device.check_and_free(*block)
         device.arena.step()
 
 
