@@ -94,9 +94,19 @@ def run(
     offsets, height, bound = np.zeros(len(problem), np.int64), ctypes.c_int64(), ctypes.c_int64()
     outcome = _Outcome(
         pack(
-            len(problem), problem.lower, problem.upper, problem.aligned_size // unit,
-            np.where(fixed == FREE, FREE, fixed // unit), FREE if capacity_bytes is None else capacity_bytes // unit,
-            time_limit_seconds, method, rules, _Progress(report), offsets, height, bound,
+            len(problem),
+            problem.lower,
+            problem.upper,
+            problem.aligned_size // unit,
+            np.where(fixed == FREE, FREE, fixed // unit),
+            FREE if capacity_bytes is None else capacity_bytes // unit,
+            time_limit_seconds,
+            method,
+            rules,
+            _Progress(report),
+            offsets,
+            height,
+            bound,
         )  # fmt: skip
     )
     if raised:

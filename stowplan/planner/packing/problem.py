@@ -96,7 +96,9 @@ class Problem:
         """
         if not len(self):
             return 0
-        highest = 0 if self.fixed is None else int(np.where(self.fixed == FREE, 0, self.fixed + self.aligned_size).max())
+        highest = (
+            0 if self.fixed is None else int(np.where(self.fixed == FREE, 0, self.fixed + self.aligned_size).max())
+        )
         times = np.concatenate([self.upper, self.lower])
         changes = np.concatenate([-self.aligned_size, self.aligned_size])
         order = np.lexsort((changes, times))  # what ends at a time goes before what begins

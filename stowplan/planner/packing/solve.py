@@ -51,7 +51,11 @@ def pack(
         raise PlanRejected(f"the packer ({solution.solver}) gave wrong addresses: {said}. Please report the problem.")
     if capacity_bytes is not None and solution.bound_bytes > capacity_bytes:
         plain = problem.bound_bytes > capacity_bytes
-        proof = "so many are alive together, or end as high by a fixed offset" if plain else "an exact search found no other"
+        proof = (
+            "so many are alive together, or end as high by a fixed offset"
+            if plain
+            else "an exact search found no other"
+        )
         raise InfeasibleCapacity(capacity_bytes, solution.bound_bytes, proof)
     return solution
 
