@@ -154,7 +154,7 @@ def test_a_plan_is_made_and_applied(arena: Any) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     batch = models.batch_for(0, sequence=32)
     free = stowplan.plan(model, batch, optimizer=optimizer)
-    plan = stowplan.replan(free, budget=int(free.predicted.peak_bytes * 0.9))
+    plan = stowplan.replan(free, budget=int(free.prediction.peak_bytes * 0.9))
     with stowplan.apply(plan, model):
         steps = Steps(model).run(8)
     assert equal(steps.result(), expected)
