@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from stowplan.core.errors import (
         ArenaUnavailable,
         BudgetExceeded,
+        CompilationFailed,
         InfeasibleBudget,
         InvalidArgument,
         InvalidPlanFile,
@@ -53,6 +54,7 @@ __all__ = [
     "Action",
     "ArenaUnavailable",
     "BudgetExceeded",
+    "CompilationFailed",
     "Hardware",
     "InfeasibleBudget",
     "InvalidArgument",

@@ -21,7 +21,7 @@ from stowplan.planner.packing import Problem, pack
 
 __all__ = ["Stats", "install", "stats", "step", "uninstall"]
 
-_PACKING_SECONDS = 2.0  # at most, for each kind of step
+_PACKING_SECONDS = 1.0  # at most, for each kind of step
 
 
 def install(

@@ -22,6 +22,7 @@ NAMES = [
     "Action",
     "ArenaUnavailable",
     "BudgetExceeded",
+    "CompilationFailed",
     "Hardware",
     "InfeasibleBudget",
     "InvalidArgument",

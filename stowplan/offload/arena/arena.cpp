@@ -292,6 +292,7 @@ void Arena::step(ArenaStep* ended) {
     std::lock_guard lock(mutex);
     give_back_shared(&to_runtime);
     step_.plan = follower_.key();
+    step_.thread = this_thread();
     step_.resynchronisations = follower_.resynchronisations() - stats_.resynchronisations;
     step_.slab_bytes = slab_ ? slab_->bytes() : 0;
     step_.num_events = static_cast<int64_t>(logs_[0].size());

@@ -51,7 +51,8 @@ struct ArenaStats {
 
 // What happened between two markers, of requests that may be planned.
 struct ArenaStep {
-  int64_t plan;  // key of the plan that was followed last, -1: none
+  int64_t plan;    // key of the plan that was followed last, -1: none
+  int64_t thread;  // that set the marker
   int64_t requests, hits, misses, unplanned, strangers, overlaps, resynchronisations, peak_bytes;
   int64_t slab_bytes;  // 0: given back, as memory ran out beside the plan
   int64_t num_events;  // in its log

@@ -1,7 +1,8 @@
 """Which steps are planned, and when: at the end of a step that the plans at hand did not serve well.
 
 A sequence of requests is planned when it comes for the second time, in a row or not: batches of varying length come
-back in any order. Up to ``most_plans`` are kept, over one slab of the largest height; the arena chooses by the first
+back in any order. What counts is the thread that trains; requests of other threads are planned with it if they come
+back, too. Up to ``most_plans`` are kept, over one slab of the largest height; the arena chooses by the first
 requests of a step. Where no sequence ever comes back (a stray request here and there), the latest one is planned after
 a few steps, and again after twice as many: most of it will be found.
 """
@@ -70,10 +71,10 @@ class Learner:
             if not ended.slab_bytes:  # given back, as memory ran out beside it
                 self._reserve_again()
                 return
-        if not ended.requests or ended.dropped_events:
+        if not ended.num_events or ended.dropped_events:
             return
         start = self._now()
-        self._depart(StepLog.of(self._arena.log(1, ended.num_events)))
+        self._depart(StepLog.of(self._arena.log(1, ended.num_events)), ended.thread)
         self.planning_seconds += self._now() - start
 
     def _reserve_again(self) -> None:
@@ -83,14 +84,18 @@ class Learner:
             while self.plans:
                 self._arena.drop_plan(self.plans.popitem()[0])
 
-    def _depart(self, log: StepLog) -> None:
+    def _depart(self, log: StepLog, thread: int) -> None:
+        """A step of which no plan knew enough; ``thread`` is the one that trains, as it marked the end."""
         self._departures += 1
-        hashes = {lane: _hash(lane, log.sizes[requests]) for lane, requests in log.lanes().items()}
-        lanes = {lane: requests for lane, requests in log.lanes().items() if self._seen[hashes[lane]]}
+        lanes = log.lanes()
+        if not lanes:  # blocks were freed, and none asked for
+            return
+        hashes = {lane: _hash(lane, log.sizes[requests]) for lane, requests in lanes.items()}
+        known_lanes = [lane for lane in lanes if self._seen[hashes[lane]]]
         if len(self._seen) > _MOST_SEQUENCES:
             self._seen.clear()
         self._seen.update(hashes.values())
-        leading = next(iter(hashes))
+        leading = next((lane for lane in lanes if lane[0] == thread), next(iter(lanes)))
         key = hashes[leading]
         if key in self.plans:
             revision = self.plans[key].revision + 1
@@ -106,8 +111,8 @@ class Learner:
             if not known:
                 self._patience *= 2
         self._departures = 0
-        lanes.setdefault(leading, log.lanes()[leading])
-        self._plan(key, log, np.sort(np.concatenate(list(lanes.values()))), revision)
+        planned = [lanes[lane] for lane in {leading, *known_lanes}]
+        self._plan(key, log, np.sort(np.concatenate(planned)), revision)
 
     def _plan(self, key: int, log: StepLog, requests: Integers, revision: int) -> None:
         before = StepLog.of(self._arena.log(2, _MOST_EVENTS))
@@ -140,4 +145,4 @@ def _hash(lane: tuple[int, int], sizes: Integers) -> int:
 
 def _served_well(ended: ArenaStep) -> bool:
     followed = ended.requests - ended.strangers
-    return bool(ended.misses <= _MISSES * followed and 2 * followed >= ended.requests)
+    return bool(followed and ended.misses <= _MISSES * followed)

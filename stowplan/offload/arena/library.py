@@ -61,6 +61,7 @@ class ArenaStep(ctypes.Structure):
         (name, ctypes.c_int64)
         for name in (
             "plan",
+            "thread",
             "requests",
             "hits",
             "misses",

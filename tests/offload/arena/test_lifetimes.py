@@ -24,7 +24,9 @@ def packed(lower: Array, upper: Array, size: Array, fixed: Array, alignment: int
 
 def log(*events: tuple[int, int] | tuple[int, int, int]) -> StepLog:
     """(block, size) asks, (block, 0) frees; a third number is the stream."""
-    rows = [(ALLOCATE if event[1] else FREE, event[0], event[1], 0, event[2:][0] if event[2:] else 0) for event in events]
+    rows = [
+        (ALLOCATE if event[1] else FREE, event[0], event[1], 0, event[2:][0] if event[2:] else 0) for event in events
+    ]
     return StepLog.of(np.array(rows, np.int64).reshape(-1, 5))
 
 
