@@ -19,7 +19,7 @@ from stowplan.offload.arena.learning import Learner
 from stowplan.offload.arena.library import Arena, library, on_cpu, on_cuda
 from stowplan.offload.arena.lifetimes import Packer
 
-__all__ = ["Stats", "install", "stats", "step", "uninstall"]
+__all__ = ["Stats", "cuda_arena", "install", "say", "stats", "step", "uninstall"]
 
 _CPU_ALIGNMENT = 64  # torch's own; kernels count on it
 _CPU_LEAST_BYTES = 1024
@@ -138,6 +138,8 @@ def install(
         warnings.warn(f"the arena is not installed, torch's own allocator serves: {error}", stacklevel=3)
         return
     if slab_bytes and not arena.reserve(slab_bytes):
+        if uninstall_ is not None:
+            uninstall_()
         raise ArenaUnavailable(f"slab={slab_bytes} bytes: so much memory cannot be had on {chosen}; give less.")
     _Process.installed = _Installed(str(chosen), arena, Learner(arena, pack, alignment, most_plans), uninstall_)
 
@@ -206,6 +208,14 @@ def uninstall() -> None:
         _Process.installed.uninstall()
         _Process.installed.remove()
     _Process.installed, _Process.unavailable = None, False
+
+
+def cuda_arena(device: torch.device) -> Arena | None:
+    """The arena of CUDA device ``device``, if the arena serves CUDA: torch's counters stop there."""
+    installed = _Process.installed
+    if installed is None or not installed.device.startswith("cuda"):
+        return None
+    return installed.arena.beside(torch.cuda.current_device() if str(device) == "cuda" else device.index)
 
 
 def step() -> None:

@@ -113,6 +113,10 @@ class Arena:
         self._handle = ctypes.c_void_p(handle)
         functions.arena_read_log.restype = ctypes.c_int64
 
+    def beside(self, device: int) -> Arena:
+        """That of another CUDA device: each has its own, one of them has plans."""
+        return Arena(self._functions, self._functions.arena_cuda_of(ctypes.c_int(device)))
+
     def step(self) -> ArenaStep:
         """End a step and begin the next; what happened in the one that ended."""
         ended = ArenaStep()
