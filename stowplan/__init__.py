@@ -13,7 +13,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from stowplan import arena
     from stowplan.core.errors import (
+        ArenaUnavailable,
         BudgetExceeded,
         CompilationFailed,
         InfeasibleBudget,
@@ -52,6 +54,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Action",
+    "ArenaUnavailable",
     "BudgetExceeded",
     "CompilationFailed",
     "Hardware",
@@ -77,6 +80,7 @@ __all__ = [
     "allow_replay",
     "applied",
     "apply",
+    "arena",
     "dry",
     "linear_cross_entropy",
     "measure",
@@ -103,6 +107,7 @@ _HOMES = {
         "wrap",
     ),
 }
+_MODULES = {"arena"}
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 
@@ -110,6 +115,8 @@ def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     # What has no home of its own is an error.
+    if name in _MODULES:
+        return import_module(f"stowplan.{name}")
     found: object = getattr(import_module(_HOME_OF.get(name, "stowplan.core.errors")), name)
     globals()[name] = found
     return found

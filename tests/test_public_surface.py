@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 
 NAMES = [
     "Action",
+    "ArenaUnavailable",
     "BudgetExceeded",
     "CompilationFailed",
     "Hardware",
@@ -45,6 +46,7 @@ NAMES = [
     "allow_replay",
     "applied",
     "apply",
+    "arena",
     "dry",
     "linear_cross_entropy",
     "measure",

@@ -11,6 +11,7 @@ StowplanError
 ├── InvalidPlanFile                         a plan file that cannot be read
 ├── InvalidProblemFile                      a packing problem's CSV file that cannot be read
 ├── MissingDependency (also an ImportError) an optional package is needed; names the extra
+├── ArenaUnavailable                     the arena cannot be torch's allocator here, or now; says why
 ├── CompilationFailed                    a library of ours cannot be compiled here; says why
 ├── SolverFailed                            the MIP solver gave no usable answer
 ├── NoLogits (also a RuntimeError)          a chunked head makes no logits, and code asks for them
@@ -24,6 +25,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 __all__ = [
+    "ArenaUnavailable",
     "BudgetExceeded",
     "CompilationFailed",
     "InfeasibleBudget",
@@ -176,6 +178,10 @@ class InvalidProblemFile(StowplanError):
 
 class MissingDependency(StowplanError, ImportError):
     """An optional package is needed for this call; the message names the extra to install."""
+
+
+class ArenaUnavailable(StowplanError):
+    """The arena cannot become, or is not, torch's allocator; the message says what to do."""
 
 
 class CompilationFailed(StowplanError):

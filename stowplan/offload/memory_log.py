@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 
 from stowplan.core.errors import InvalidArgument
+from stowplan.offload import cuda_memory
 
 __all__ = ["CpuMemoryLog", "CudaMemoryLog", "MemoryLog", "Segment", "memory_log", "synchronize"]
 
@@ -129,9 +130,9 @@ class CudaMemoryLog:
         self.segments: list[Segment] = []
 
     def __enter__(self) -> CudaMemoryLog:
-        self._origin = self._start = torch.cuda.memory_allocated(self.device)
+        self._origin = self._start = cuda_memory.allocated_bytes(self.device)
         self._name = "start"
-        torch.cuda.reset_peak_memory_stats(self.device)
+        cuda_memory.reset_peak(self.device)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -145,9 +146,9 @@ class CudaMemoryLog:
         """Nothing to add: the counters see every free."""
 
     def _end_segment(self) -> None:
-        live = torch.cuda.memory_allocated(self.device)
-        peak = torch.cuda.max_memory_allocated(self.device)
+        live = cuda_memory.allocated_bytes(self.device)
+        peak = cuda_memory.peak_bytes(self.device)
         origin = self._origin
         self.segments.append(Segment(self._name, self._start - origin, peak - origin, live - origin))
         self._start = live
-        torch.cuda.reset_peak_memory_stats(self.device)
+        cuda_memory.reset_peak(self.device)
