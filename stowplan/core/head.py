@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from stowplan.core.allocations import OutsideAllocations
 from stowplan.core.program import Gap, Phase, StepProgram
 from stowplan.core.records import RecordError
 
@@ -24,6 +25,7 @@ class HeadWay:
     embedding_backward: Phase
     optimizer_step: Phase
     gaps: tuple[Gap, ...] = ()
+    outside: OutsideAllocations | None = None
 
     @staticmethod
     def of(step: StepProgram, chunk_rows: int) -> HeadWay:
@@ -35,6 +37,7 @@ class HeadWay:
             embedding_backward=step.embedding_backward,
             optimizer_step=step.optimizer_step,
             gaps=step.gaps,
+            outside=step.outside,
         )
 
     def within(self, step: StepProgram) -> StepProgram:
@@ -46,6 +49,7 @@ class HeadWay:
             embedding_backward=self.embedding_backward,
             optimizer_step=self.optimizer_step,
             gaps=self.gaps,
+            outside=self.outside,
         )
 
 

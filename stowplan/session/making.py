@@ -16,7 +16,7 @@ from stowplan.core.plan import Plan, tolerance_fault
 from stowplan.core.units import format_bytes, parse_bytes
 from stowplan.offload.blocks import Blocks, find_blocks
 from stowplan.offload.calibrate import RESERVE_BYTES, device_budget_bytes, host_budget_bytes
-from stowplan.offload.capture.instruments import Instruments
+from stowplan.offload.capture.instruments import Instruments, RealInstruments
 from stowplan.offload.capture.step import capture
 from stowplan.offload.parallel import bucket_bytes, class_name, keeps_gradients
 from stowplan.offload.tape.proof import DEFAULT_TOLERANCES, Tolerance
@@ -62,6 +62,7 @@ class Options(NamedTuple):
     exact: bool = True
     tolerance: float | None = None
     bucket_bytes: int = 0
+    allocations: bool = False
 
     def around(self, model: torch.nn.Module) -> Options:
         """The options for the model inside ``model``, with what the outer one takes by itself."""
@@ -104,7 +105,7 @@ def make_plan(
         loss_of,
         optimizer=options.optimizer,
         batch=batch,
-        instruments=instruments,
+        instruments=instruments or RealInstruments(device, allocations=options.allocations),
         hold_gradients=options.hold_gradients,
         hold_output=options.hold_output,
         tolerance=options.rounding,

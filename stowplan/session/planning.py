@@ -41,6 +41,7 @@ def plan(
     dry: bool | None = None,
     exact: bool = True,
     tolerance: float | None = None,
+    allocations: bool = False,
     on_progress: Callable[[str], None] | None = None,
 ) -> Plan:
     """Decide what each block of ``model`` keeps, swaps and recomputes, for the least step time within the budgets.
@@ -98,6 +99,7 @@ def plan(
         chunked_head,
         exact,
         tolerance,
+        allocations=allocations,
     ).around(model)
     _ = options.rounding  # a mistake is told before anything runs
     model = inner_model(model)

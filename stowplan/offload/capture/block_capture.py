@@ -5,21 +5,36 @@ from __future__ import annotations
 import functools
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from stowplan.core.program import BlockProgram
+from stowplan.offload.allocation_record import AllocationRecord, Segment
 from stowplan.offload.arguments import flatten, map_tree, tensors_in
+from stowplan.offload.capture.block_allocations import (
+    INPUT_GRADIENT,
+    OUTPUT_GRADIENT,
+    SeenAllocations,
+    in_turn,
+    note_output,
+    saved_noted,
+    seen_allocations,
+)
 from stowplan.offload.capture.block_program import Casts, Surroundings, single_assignment
 from stowplan.offload.capture.instruments import Instruments
-from stowplan.offload.capture.own_arguments import input_bytes, own_arguments, without_arguments
+from stowplan.offload.capture.own_arguments import (
+    OnGradient,
+    input_bytes,
+    own_arguments,
+    unnoted,
+    without_arguments,
+)
 from stowplan.offload.copies import PlainCopies
 from stowplan.offload.host_slab import HostSlab
 from stowplan.offload.intercept import Forward
-from stowplan.offload.memory_log import Segment
 from stowplan.offload.parallel import class_name
 from stowplan.offload.recording import Recording, record_call
 from stowplan.offload.storages import storage_bytes
@@ -31,7 +46,7 @@ from stowplan.offload.tape.tape import Origin, Tape
 __all__ = ["BlockCapture", "capture_block", "graph_end", "median_seconds"]
 
 Strides = Sequence[tuple[int, ...]]
-GraphEnd = Callable[[Any], torch.Tensor | None]
+GraphEnd = Callable[[Any, OnGradient], torch.Tensor | None]
 
 # A machine is disturbed for tenths of a second at a time: a median over less than that is one of the disturbance.
 _LEAST_TIMED_RUNS, _MOST_TIMED_RUNS, _ENOUGH_SECONDS = 3, 20, 0.5
@@ -55,6 +70,7 @@ class BlockCapture:
     unseen_bytes: int  # alive after forward by the allocator, less those that the tape knows of
     lingering_bytes: int
     num_refuted: int  # ops whose replay did not give the same bits
+    allocations: SeenAllocations | None  # if asked for
 
     @property
     def held_bytes(self) -> int:
@@ -90,6 +106,7 @@ class BlockCapture:
             gradient_bytes=self.gradient_bytes,
             held_bytes=self.held_bytes,
             lingering_bytes=lingering_bytes,
+            allocations=self.allocations.of(self.tape, values, around) if self.allocations is not None else None,
         )
 
 
@@ -113,8 +130,8 @@ def capture_block(
     Gradients of the module's parameters must be None on entry (or zeros, with ``held_gradients``) and are so on exit.
     """
 
-    def call() -> Any:
-        own_args, own_kwargs = own_arguments(args), own_arguments(kwargs)
+    def call(on_gradient: OnGradient = unnoted) -> Any:
+        own_args, own_kwargs = own_arguments(args, on_gradient), own_arguments(kwargs, on_gradient)
         torch.clear_autocast_cache()
         return without_arguments(forward(*own_args, **own_kwargs), flatten(own_args, own_kwargs))
 
@@ -129,7 +146,7 @@ def capture_block(
     recording.recorder.finish()
 
     end = functools.partial(graph_end, strides=gradient_strides)
-    segments, output = _measure_memory(call, end, instruments)
+    segments, output, record = _measure_memory(call, end, instruments)
     estimate = median_seconds(call, end, module, instruments, held_gradients)
     seconds = instruments.block_seconds(module, args, kwargs, estimate)
     for op in tape.ops if instruments.dry else ():
@@ -150,6 +167,7 @@ def capture_block(
         unseen_bytes=graph.start_bytes - segments["forward"].start_bytes - alive_bytes,
         lingering_bytes=lingering_bytes,
         num_refuted=num_refuted,
+        allocations=seen_allocations(record, tape) if record is not None else None,
     )
     _clear_gradients(module, held_gradients)
     torch.clear_autocast_cache()
@@ -237,10 +255,10 @@ class _Detour(torch.autograd.Function):
         return None, *gradients
 
 
-def graph_end(output: Any, strides: Strides | None = None) -> torch.Tensor | None:
+def graph_end(output: Any, on_gradient: OnGradient = unnoted, strides: Strides | None = None) -> torch.Tensor | None:
     """A scalar whose backward gives every differentiable output a random gradient, without keeping the output.
 
-    None for a frozen block, which has no backward.
+    ``on_gradient`` is told each of these. None for a frozen block, which has no backward.
     """
     outputs = [t for t in tensors_in(output) if t.requires_grad]
     if not outputs:
@@ -248,6 +266,8 @@ def graph_end(output: Any, strides: Strides | None = None) -> torch.Tensor | Non
     if strides is None:
         strides = [t.stride() for t in outputs]
     gradients = [_random(t, stride) for t, stride in zip(outputs, strides, strict=True)]
+    for gradient in gradients:
+        on_gradient(gradient)
     end: torch.Tensor = _Detour.apply(gradients, *outputs)  # type: ignore[no-untyped-call]
     return end
 
@@ -270,14 +290,16 @@ def _output_gradient_bytes(output: Any, strides: Strides | None) -> int:
 
 
 def _measure_memory(
-    call: Callable[[], Any], make_end: GraphEnd, instruments: Instruments
-) -> tuple[dict[str, Segment], Any]:
-    """Peaks of one forward and backward, by phase; gives the output (without its graph) too."""
+    call: Callable[[OnGradient], Any], make_end: GraphEnd, instruments: Instruments
+) -> tuple[dict[str, Segment], Any, AllocationRecord | None]:
+    """Peaks of one forward and backward, by phase; gives the output (without its graph) and requests, too."""
     with instruments.memory_log() as log:
         log.mark("forward")
-        output = call()
+        with saved_noted(log) if instruments.allocations else nullcontext():
+            output = call(in_turn(log, INPUT_GRADIENT))
+        note_output(log, output)
         log.mark("graph")
-        end = make_end(output)
+        end = make_end(output, in_turn(log, OUTPUT_GRADIENT))
         template = _detached(output)
         del output
         torch.clear_autocast_cache()
@@ -285,7 +307,8 @@ def _measure_memory(
         _backward(end, instruments.device)
         del end
         log.mark("end")
-    return {segment.name: segment for segment in log.segments}, template
+    record = log.record if instruments.allocations else None
+    return {segment.name: segment for segment in log.segments}, template, record
 
 
 def _detached(tree: Any) -> Any:
@@ -327,7 +350,7 @@ def _measure_seconds(
     start = instruments.seconds()
     output = call()
     middle = instruments.seconds()
-    end = make_end(output)
+    end = make_end(output, unnoted)
     del output
     second = instruments.seconds()
     _backward(end, instruments.device)

@@ -18,6 +18,7 @@ from stowplan.offload.buffers import Buffers
 from stowplan.offload.capture.instruments import Instruments, RealInstruments
 from stowplan.offload.capture.optimizers import OptimizerCost, optimizer_cost, state_bytes
 from stowplan.offload.capture.outline import Moment, Outline
+from stowplan.offload.capture.outside import outside_allocations
 from stowplan.offload.capture.phases import phases_of
 from stowplan.offload.parallel import is_sharded
 from stowplan.offload.recording import devices_of
@@ -217,6 +218,7 @@ def _assemble(
         embedding_backward=phases.embedding_backward,
         optimizer_step=Phase(seconds=cost.seconds, peak_bytes=left_bytes + cost.peak_bytes, left_bytes=left_bytes),
         gaps=phases.gaps,
+        outside=outside_allocations(outline.record, len(calls), cost.events) if outline.record is not None else None,
     )
 
 

@@ -61,6 +61,7 @@ class DryRun:
         costs: what ops take.
         real_device: where one block of each kind may be run for real to calibrate ``costs``; None if nowhere.
         target: the GPU that ``device`` stands for, if that is on cuda.
+        allocations: each request of memory is asked for.
     """
 
     dry = True
@@ -74,8 +75,11 @@ class DryRun:
         costs: Costs,
         real_device: torch.device | None = None,
         target: CudaTarget | None = None,
+        *,
+        allocations: bool = False,
     ) -> None:
         self.device = device
+        self.allocations = allocations
         self.batch = batch
         self.guesses: dict[str, None] = {}
         self._model = model
