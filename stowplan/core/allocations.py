@@ -113,19 +113,15 @@ def num_buffers(events: Iterable[int]) -> int:
 
 def check_block_allocations(block: BlockAllocations, num_saved: int, num_values: int, path: str) -> None:
     """Raise RecordError, naming the place, where events or numbers of buffers make no sense."""
-    _check_events((*block.forward, *_gradient_buffers(block), *block.backward), f"{path}.forward, .backward")
-    count = num_buffers(block.forward) + len(_gradient_buffers(block)) + num_buffers(block.backward)
+    gradients = (1,) * len({place.buffer for place in block.output_gradients})  # of unknown sizes
+    events = (*block.forward, *gradients, *block.backward)
+    _check_events(events, f"{path}.forward and .backward")
     if len(block.saved) != num_saved:
         raise RecordError(f"{path}.saved: {len(block.saved)} buffers of {num_saved} saved values")
     numbers = [*block.lingering, *block.input_gradients, *(n for n in block.saved if n != -1)]
     numbers += [place.buffer for places in (block.outputs, block.output_gradients) for place in places]
-    _check_numbers(numbers, count, path)
+    _check_numbers(numbers, num_buffers(events), path)
     _check_numbers([place.buffer for place in block.arguments], num_values, f"{path}.arguments")
-
-
-def _gradient_buffers(block: BlockAllocations) -> tuple[int, ...]:
-    """Stand-ins of one byte for the buffers of the outputs' gradients, which events outside the block allocate."""
-    return (1,) * len({place.buffer for place in block.output_gradients})
 
 
 def check_outside_allocations(outside: OutsideAllocations, num_blocks: int, path: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from stowplan.core.allocations import check_block_allocations, check_outside_allocations
 from stowplan.core.program import Action, Decisions, Split, StepProgram, Value
 from stowplan.core.records import RecordError
 
@@ -27,6 +28,8 @@ def check_indices(step: StepProgram) -> None:
                 f"$.step.gaps[{number}].block: {gap.block} is not between {before + 1} and {step.num_blocks - 1}"
             )
         before = gap.block
+    if step.outside is not None:
+        check_outside_allocations(step.outside, step.num_blocks, "$.step.outside")
     for number, program in enumerate(step.programs):
         path = f"$.step.programs[{number}]"
         for i, value in enumerate(program.values):
@@ -37,6 +40,8 @@ def check_indices(step: StepProgram) -> None:
             for field, indices in (("inputs", op.inputs), ("outputs", op.outputs)):
                 for j, index in enumerate(indices):
                     _check_index(index, len(program.values), f"{path}.ops[{i}].{field}[{j}]")
+        if program.allocations is not None:
+            check_block_allocations(program.allocations, len(program.saved), len(program.values), f"{path}.allocations")
         names = [program.values[i].name for i in program.saved]
         if len(set(names)) != len(names):
             raise RecordError(f"{path}.values: two saved values have the same name")

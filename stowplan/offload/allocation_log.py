@@ -28,7 +28,7 @@ class CpuAllocationLog(CpuMemoryLog):
     """torch's profiler with addresses. No other profiler may be active in this thread."""
 
     def note(self, name: str, tensor: torch.Tensor) -> None:
-        with torch.autograd.profiler.record_function(f"{NOTE}{name}@{tensor.untyped_storage().data_ptr()}"):
+        with torch.autograd.profiler.record_function(f"{NOTE}{name}@{_address(tensor)}"):
             pass
 
     def _start(self) -> None:
@@ -45,6 +45,13 @@ class CpuAllocationLog(CpuMemoryLog):
         found = happenings((name, address, num_bytes) for _, name, address, num_bytes in lines)
         self.record = AllocationRecord(found)
         return found
+
+
+def _address(tensor: torch.Tensor) -> int:
+    """Where the tensor's storage begins. Asking the storage itself would leave it with one more owner in Python, and
+    autograd adds in place only to gradients that have no other.
+    """
+    return tensor.data_ptr() - tensor.storage_offset() * tensor.element_size()
 
 
 def _lines(events: Iterable[Any]) -> Iterator[tuple[int, str, int, int]]:
@@ -102,11 +109,11 @@ class CudaAllocationLog(CudaMemoryLog):
 
     def note(self, name: str, tensor: torch.Tensor) -> None:
         self._read()
-        self._happenings.append(Happening(What.NOTE, tensor.untyped_storage().data_ptr(), name=name))
+        self._happenings.append(Happening(What.NOTE, _address(tensor), name=name))
 
     def _read(self) -> None:
         """What has come since the last time."""
-        index = self.device.index if self.device.index is not None else torch.cuda.current_device()
+        index = torch.empty(0, device=self.device).device.index
         history = torch.cuda.memory._snapshot(self.device)["device_traces"][index]
         self._happenings += _from_history(history[self._num_read :], self._ROUND_BYTES)
         self._num_read = len(history)

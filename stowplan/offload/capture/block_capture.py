@@ -273,8 +273,11 @@ def graph_end(output: Any, on_gradient: OnGradient = unnoted, strides: Strides |
 
 
 def _random(like: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:
-    numbers = torch.randn(_reach(like.shape, stride), dtype=like.dtype, device=like.device)
-    return numbers.as_strided(like.shape, stride)
+    if 0 in stride:  # numbers that are there once: nothing is ever added to such a gradient in place
+        return torch.randn(_reach(like.shape, stride), dtype=like.dtype, device=like.device).as_strided(
+            like.shape, stride
+        )
+    return torch.empty_strided(like.shape, stride, dtype=like.dtype, device=like.device).normal_()
 
 
 def _reach(shape: Sequence[int], stride: Sequence[int]) -> int:
