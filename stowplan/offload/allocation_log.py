@@ -51,7 +51,7 @@ def _address(tensor: torch.Tensor) -> int:
     """Where the tensor's storage begins. Asking the storage itself would leave it with one more owner in Python, and
     autograd adds in place only to gradients that have no other.
     """
-    return tensor.data_ptr() - tensor.storage_offset() * tensor.element_size()
+    return tensor.data_ptr() - int(tensor.storage_offset()) * tensor.element_size()
 
 
 def _lines(events: Iterable[Any]) -> Iterator[tuple[int, str, int, int]]:
