@@ -4,11 +4,13 @@ StowplanError
 ├── InvalidArgument (also a ValueError)     what was given, what is allowed, what to do
 │   └── InvalidSize                         a size that is no byte count
 ├── InfeasibleBudget                        no plan fits; names the least feasible budget
+├── InfeasibleCapacity                      proved: no addresses fit; says how it is known
 ├── UnsupportedModel                        the model cannot be captured or hooked as it is
 ├── BudgetExceeded                          a step took more than its plan promised; only with strict=True
 ├── PlanMismatch                            a plan meets a model or a batch it was not made for
 ├── InvalidPlanFile                         a plan file that cannot be read
 ├── MissingDependency (also an ImportError) an optional package is needed; names the extra
+├── CompilationFailed                    a library of ours cannot be compiled here; says why
 ├── SolverFailed                            the MIP solver gave no usable answer
 ├── NoLogits (also a RuntimeError)          a chunked head makes no logits, and code asks for them
 ├── NoGradients (also a RuntimeError)       a cross entropy in chunks goes backward once, without second derivatives
@@ -22,7 +24,9 @@ from collections.abc import Sequence
 
 __all__ = [
     "BudgetExceeded",
+    "CompilationFailed",
     "InfeasibleBudget",
+    "InfeasibleCapacity",
     "InvalidArgument",
     "InvalidPlanFile",
     "InvalidSize",
@@ -81,6 +85,28 @@ class InfeasibleBudget(StowplanError):
 
     def __reduce__(self) -> tuple[type[InfeasibleBudget], tuple[int, int, int | None, str]]:
         return type(self), (self.budget_bytes, self.least_bytes, self.host_budget_bytes, self.advice)
+
+
+class InfeasibleCapacity(StowplanError):
+    """No addresses for all buffers are within the capacity: proved, never guessed.
+
+    Attributes:
+        capacity_bytes: what was asked for.
+        least_bytes: proved: no capacity below can do. Whether this one can is not said.
+        proof: how that is known.
+    """
+
+    def __init__(self, capacity_bytes: int, least_bytes: int, proof: str) -> None:
+        self.capacity_bytes = capacity_bytes
+        self.least_bytes = least_bytes
+        self.proof = proof
+        super().__init__(
+            f"no addresses are within {capacity_bytes} bytes; it takes at least {least_bytes}: {proof}. Raise the "
+            f"capacity, or leave it out for the least that is found."
+        )
+
+    def __reduce__(self) -> tuple[type[InfeasibleCapacity], tuple[int, int, str]]:
+        return type(self), (self.capacity_bytes, self.least_bytes, self.proof)
 
 
 class UnsupportedModel(StowplanError):
@@ -144,6 +170,10 @@ class InvalidPlanFile(StowplanError):
 
 class MissingDependency(StowplanError, ImportError):
     """An optional package is needed for this call; the message names the extra to install."""
+
+
+class CompilationFailed(StowplanError):
+    """A shared library of ours is to be compiled, and cannot be; the message holds the compiler's last lines."""
 
 
 class SolverFailed(StowplanError):
