@@ -123,10 +123,15 @@ def plan_command(
         bool, typer.Option("--json", help="Print the plan as JSON, and nothing else, on stdout.")
     ] = False,
     out: Annotated[Path | None, typer.Option(metavar="PLAN.json", help="Write the plan to this file, too.")] = None,
+    allocations: Annotated[
+        Path | None,
+        typer.Option(metavar="OUT.csv", help="Plan addresses, too, and write the step's buffers to this file."),
+    ] = None,
 ) -> None:
     """Plan one training step of a model within a memory budget, and report on the plan."""
     with _told_errors():
-        _refuse_missing_directory(out)
+        _refuse_missing_directory(out, "--out")
+        _refuse_missing_directory(allocations, "--allocations")
         if tolerance is not None and not inexact:
             raise InvalidArgument("--tolerance goes with --inexact.")
         device_bytes, host_bytes = _size(budget, "--budget"), _size(host_budget, "--host-budget")
@@ -151,8 +156,12 @@ def plan_command(
                 blocks=blocks,
                 solver=solver,
                 time_limit_seconds=time_limit,
+                allocations=allocations is not None,
                 on_progress=_say,
             )
+        if allocations is not None:
+            allocations.write_text(session.allocations(made).to_csv(), encoding="utf-8")
+            _say(f"allocations written to {allocations}")
         if out is not None:
             made.save(out)
             _say(f"plan written to {out}")
@@ -269,9 +278,9 @@ def _hardware(name: str | None) -> Hardware | None:
     return None if name is None else preset(name)
 
 
-def _refuse_missing_directory(out: Path | None) -> None:
+def _refuse_missing_directory(out: Path | None, option: str) -> None:
     if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
-        raise InvalidArgument(f"--out {str(out)!r} cannot be written: give a file in a directory that exists.")
+        raise InvalidArgument(f"{option} {str(out)!r} cannot be written: give a file in a directory that exists.")
 
 
 def _print_plan(plan: Plan, as_json: bool) -> None:
@@ -280,7 +289,12 @@ def _print_plan(plan: Plan, as_json: bool) -> None:
         return
     from stowplan.reports.text import render
 
-    typer.echo(render(plan), nl=False)
+    addresses = None
+    if plan.arena_bytes is not None:
+        from stowplan.planner.addresses import addresses_of
+
+        addresses = addresses_of(plan)
+    typer.echo(render(plan, addresses=addresses), nl=False)
 
 
 def _say(progress: str) -> None:

@@ -22,6 +22,7 @@ from itertools import accumulate
 from stowplan.core.records import RecordError
 
 __all__ = [
+    "Addresses",
     "Allocation",
     "AllocationTrace",
     "BlockAllocations",
@@ -217,3 +218,16 @@ class AllocationTrace:
         for number, a in enumerate(self.allocations):
             writer.writerow((number, a.lower, a.upper, a.size_bytes, a.kind, a.segment))
         return text.getvalue()
+
+
+@dataclass(frozen=True)
+class Addresses:
+    """Where the buffers of a step go: an offset in bytes for each, and where the highest ends.
+
+    ``bound_bytes`` is proved: no addresses end lower. Both are padded to the device's alignment.
+    """
+
+    trace: AllocationTrace
+    offsets: tuple[int, ...]
+    height_bytes: int
+    bound_bytes: int

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -11,8 +13,8 @@ import torch
 from stowplan.core.errors import InfeasibleBudget
 from stowplan.core.hardware import Hardware
 from stowplan.core.head import Head, HeadWay
-from stowplan.core.plan import Plan, Prediction
-from stowplan.core.program import StepProgram
+from stowplan.core.plan import Plan, Prediction, with_fragmentation
+from stowplan.core.program import Decisions, StepProgram
 from stowplan.core.units import format_bytes
 from stowplan.offload.blocks import Block
 from stowplan.offload.capture.step import Capture
@@ -33,6 +35,8 @@ __all__ = ["PlannedHead", "Solver", "plan_head", "replan_head"]
 
 # A head is replaced for time alone only if that gains so much of a step: less may be noise of measuring.
 _WORTHWHILE = 0.02
+# For packing each plan that is weighed: step traces take a fraction of it.
+_PACKING_SECONDS = 3.0
 # As the simulator names it.
 _HEAD = "head"
 
@@ -49,19 +53,60 @@ class Solver(NamedTuple):
     name: str
     time_limit_seconds: float
     tell: Callable[[str], None]
+    fragmentation: float = 0.0  # a share of what does not live all step, where no addresses are planned
 
     def __call__(self, step: StepProgram) -> ActivationPlan:
+        """The plan for ``step`` within the budget: up to its highest address, where its requests are known."""
+        if step.outside is not None:
+            return self._with_addresses(step)
+        static_bytes, share = step.static_bytes, self.fragmentation
+        live_bytes = int((self.device_bytes + share * min(static_bytes, self.device_bytes)) / (1 + share))
+
+        def needed(least_bytes: int) -> int:
+            return with_fragmentation(least_bytes, static_bytes, share)
+
+        return self._within(step, live_bytes, needed)
+
+    def _with_addresses(self, step: StepProgram) -> ActivationPlan:
+        """Solve for fewer live bytes until the addresses are within the budget, too."""
+        live_bytes, holes_bytes = self.device_bytes, 0
+        while True:
+            answer = self._within(step, live_bytes, partial(operator.add, holes_bytes))
+            arena_bytes = self.arena_bytes(step, answer.decisions)
+            if arena_bytes <= self.device_bytes:
+                # What the least plan loses between buffers is not known: about as much as this one, then.
+                least_bytes = answer.least_budget_bytes - holes_bytes + arena_bytes - answer.prediction.peak_bytes
+                return replace(answer, least_budget_bytes=least_bytes)
+            holes_bytes = arena_bytes - answer.prediction.peak_bytes
+            live_bytes = self.device_bytes - holes_bytes
+            self.tell(f"addresses end {arena_bytes - self.device_bytes} bytes over the budget: solving for less")
+
+    def arena_bytes(self, step: StepProgram, decisions: Decisions) -> int:
+        """The highest address of a step, static bytes below it."""
+        from stowplan.planner.addresses import place, requests
+
+        found = place(requests(step, self.hardware, decisions), self.hardware.device_type, _PACKING_SECONDS)
+        return step.static_bytes + found.height_bytes
+
+    def _within(self, step: StepProgram, live_bytes: int, needed: Callable[[int], int]) -> ActivationPlan:
+        """The plan for ``live_bytes``; ``needed`` says what a least number of these takes of the budget."""
         from stowplan.planner.activations import solve
 
-        return solve(
-            step,
-            self.hardware,
-            self.device_bytes,
-            self.host_bytes,
-            solver=self.name,
-            time_limit_seconds=self.time_limit_seconds,
-            on_progress=self.tell,
-        )
+        try:
+            answer = solve(
+                step,
+                self.hardware,
+                live_bytes,
+                self.host_bytes,
+                solver=self.name,
+                time_limit_seconds=self.time_limit_seconds,
+                on_progress=self.tell,
+            )
+        except InfeasibleBudget as error:
+            raise InfeasibleBudget(
+                self.device_bytes, needed(error.least_bytes), error.host_budget_bytes, error.advice
+            ) from None
+        return replace(answer, least_budget_bytes=needed(answer.least_budget_bytes))
 
     def unplanned(self, step: StepProgram) -> Prediction:
         """The step with everything kept."""

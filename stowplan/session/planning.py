@@ -75,6 +75,8 @@ def plan(
             alone where they differ by no more than ``tolerance`` from those of the whole.
         tolerance: that difference, relative to the value's largest number. Default: 1e-5 for float32, 1/128 for
             bfloat16 and float16. With ``exact=False`` only.
+        allocations: capture every request of memory, too: then the budget is held by addresses, not by live bytes
+            alone, and ``stowplan.allocations`` tells the step's buffers (docs/allocations.md).
         on_progress: called with a line of text as the work goes on.
 
     Raises:
@@ -132,7 +134,7 @@ def replan(
     device_bytes = parse_bytes(budget, "budget")
     host_bytes = plan.host_budget_bytes if host_budget is None else parse_bytes(host_budget, "host_budget")
     tell = on_progress if on_progress is not None else lambda message: None
-    solve = Solver(plan.hardware, device_bytes, host_bytes, solver, time_limit_seconds, tell)
+    solve = Solver(plan.hardware, device_bytes, host_bytes, solver, time_limit_seconds, tell, plan.fragmentation)
     chosen = replan_head(plan, solve)
     answer = chosen.answer
     return replace(
@@ -149,5 +151,6 @@ def replan(
         step=chosen.step,
         assumptions=tuple(line for line in chosen.said if line != RESERVED),
         head=chosen.head,
+        arena_bytes=None if chosen.step.outside is None else solve.arena_bytes(chosen.step, answer.decisions),
         measurement=None,
     )
