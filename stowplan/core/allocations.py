@@ -203,10 +203,10 @@ class AllocationTrace:
         return max(self.live_bytes, default=0)
 
     def peak_bytes_by_part(self) -> dict[str, int]:
-        """The highest live bytes of each part of the step."""
+        """The highest live bytes of each part of the step, those as it begins included."""
         ends = [mark.event for mark in self.marks[1:]] + [self.num_events]
         return {
-            mark.name: max(self.live_bytes[mark.event : end], default=0)
+            mark.name: max(self.live_bytes[max(0, mark.event - 1) : end], default=0)
             for mark, end in zip(self.marks, ends, strict=True)
         }
 

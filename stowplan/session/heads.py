@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -69,17 +67,38 @@ class Solver(NamedTuple):
 
     def _with_addresses(self, step: StepProgram) -> ActivationPlan:
         """Solve for fewer live bytes until the addresses are within the budget, too."""
-        live_bytes, holes_bytes = self.device_bytes, 0
+        live_bytes, answer = self.device_bytes, None
         while True:
-            answer = self._within(step, live_bytes, partial(operator.add, holes_bytes))
+            try:
+                answer = self._within(step, live_bytes)
+            except InfeasibleBudget as error:
+                return self._least(step, answer or self._within(step, error.least_bytes), error)
             arena_bytes = self.arena_bytes(step, answer.decisions)
             if arena_bytes <= self.device_bytes:
-                # What the least plan loses between buffers is not known: about as much as this one, then.
-                least_bytes = answer.least_budget_bytes - holes_bytes + arena_bytes - answer.prediction.peak_bytes
+                least_bytes = min(arena_bytes, self.arena_bytes(step, answer.least_decisions))
                 return replace(answer, least_budget_bytes=least_bytes)
-            holes_bytes = arena_bytes - answer.prediction.peak_bytes
-            live_bytes = self.device_bytes - holes_bytes
+            live_bytes = self.device_bytes - (arena_bytes - answer.prediction.peak_bytes)
             self.tell(f"addresses end {arena_bytes - self.device_bytes} bytes over the budget: solving for less")
+
+    def _least(self, step: StepProgram, answer: ActivationPlan, error: InfeasibleBudget) -> ActivationPlan:
+        """The plan of least memory, which others left no room for. Raises InfeasibleBudget if it does not fit either."""
+        from stowplan.planner.activations import Problem, verify
+
+        least_bytes = self.arena_bytes(step, answer.least_decisions)
+        if least_bytes > self.device_bytes:
+            raise InfeasibleBudget(self.device_bytes, least_bytes, error.host_budget_bytes, error.advice) from None
+        problem = Problem(
+            step=step, hardware=self.hardware, budget_bytes=self.device_bytes, host_budget_bytes=self.host_bytes
+        )
+        prediction = verify(problem, answer.least_decisions)
+        gap = prediction.step_seconds / answer.solution.bound_seconds - 1
+        return replace(
+            answer,
+            decisions=answer.least_decisions,
+            prediction=prediction,
+            solution=replace(answer.solution, gap=gap, proof="time limit"),
+            least_budget_bytes=least_bytes,
+        )
 
     def arena_bytes(self, step: StepProgram, decisions: Decisions) -> int:
         """The highest address of a step, static bytes below it."""
@@ -88,7 +107,9 @@ class Solver(NamedTuple):
         found = place(requests(step, self.hardware, decisions), self.hardware.device_type, _PACKING_SECONDS)
         return step.static_bytes + found.height_bytes
 
-    def _within(self, step: StepProgram, live_bytes: int, needed: Callable[[int], int]) -> ActivationPlan:
+    def _within(
+        self, step: StepProgram, live_bytes: int, needed: Callable[[int], int] = lambda num_bytes: num_bytes
+    ) -> ActivationPlan:
         """The plan for ``live_bytes``; ``needed`` says what a least number of these takes of the budget."""
         from stowplan.planner.activations import solve
 

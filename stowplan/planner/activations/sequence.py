@@ -208,15 +208,16 @@ class _Assembly:
         for number, block in enumerate(self.blocks):
             self._forward(number, block)
             last = number == count - 1
-            self._between(2 * number + 2, "head" if last else self._gap("forward", number + 1), always=last)
+            name = "head" if last else self._gap("forward", number + 1)
+            self._between(2 * number + 2, name, always=last or number + 1 in self.step.gap_before)
         clock.drop_all(self.lingering)
         for number in reversed(range(count)):
             stretch = 4 * count - 1 - 2 * number
             handed_on = self._backward(number, self.blocks[number], stretch)
-            if number - self.window >= 0 and self.window and number in self.step.gap_before:
-                self._come(number - self.window)
             name = self._gap("backward", number) if number else "embedding backward"
-            self._between(stretch + 1, name, handed_on, always=not number)
+            in_gap = number in self.step.gap_before
+            coming = number - self.window if self.window and in_gap else NOTHING
+            self._between(stretch + 1, name, handed_on, coming, always=not number or in_gap)
         clock.begin("optimizer step")
         made: list[int] = []
         for event in self.outside.optimizer_step:
@@ -230,8 +231,10 @@ class _Assembly:
         return f"{way} of what precedes {self.blocks[number].name}"
 
     # ---- outside the blocks ----------------------------------------------------------------------------------------
-    def _between(self, stretch: int, name: str, given: dict[int, list[int]] | None = None, *, always: bool) -> None:
-        """What is done between two blocks; a part of its own where it takes memory."""
+    def _between(
+        self, stretch: int, name: str, given: dict[int, list[int]] | None = None, coming: int = NOTHING, *, always: bool
+    ) -> None:
+        """What is done between two blocks; a part of its own where it takes memory. A block may be coming back then."""
         given = given or {}
         spare = {size: len(buffers) for size, buffers in given.items()}
         for event in self.outside.stretches[stretch]:
@@ -239,6 +242,8 @@ class _Assembly:
                 spare[event] = spare.get(event, 0) - 1
         if always or any(left < 0 for left in spare.values()):
             self.clock.begin(name)
+        if coming >= 0:
+            self._come(coming)
         self._around(stretch, given)
         for buffers in given.values():
             self.clock.drop_all(buffers)
@@ -349,6 +354,7 @@ class _Assembly:
         local = dict(block.local)
         taken = self._take_gradients(number, block, local)
         self._restore(block)
+        clock.drop_all(block.borrowed)
         places = {buffer: position for position, buffer in enumerate(seen.saved) if buffer != NOTHING}
         count = num_buffers(seen.forward) + len({place.buffer for place in seen.output_gradients})
         handed_on = [local[buffer] for buffer in seen.input_gradients if buffer in local]
@@ -369,7 +375,7 @@ class _Assembly:
                 clock.drop(block.standing.pop(places[~event], NOTHING))
             else:
                 clock.drop(local.pop(~event, NOTHING))
-        for left in (block.standing.values(), block.borrowed, local.values()):
+        for left in (block.standing.values(), local.values()):
             clock.drop_all(left)
         return self._hand_on(stretch, taken, handed_on)
 
