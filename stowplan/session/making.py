@@ -21,7 +21,8 @@ from stowplan.offload.capture.step import capture
 from stowplan.offload.parallel import bucket_bytes, class_name, keeps_gradients
 from stowplan.offload.tape.proof import DEFAULT_TOLERANCES, Tolerance
 from stowplan.session.batches import describe
-from stowplan.session.heads import Solver, plan_head
+from stowplan.session.heads import plan_head
+from stowplan.session.solving import Solver
 
 __all__ = [
     "FORWARD_NOTE",

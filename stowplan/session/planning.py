@@ -17,8 +17,9 @@ from stowplan.offload.calibrate import measure_hardware
 from stowplan.offload.dry.run import is_fake
 from stowplan.offload.parallel import inner_model
 from stowplan.session.dry import plan_dry
-from stowplan.session.heads import Solver, replan_head
+from stowplan.session.heads import replan_head
 from stowplan.session.making import RESERVED, Batch, LossFunction, Options, Size, budgets_here, device_of, make_plan
+from stowplan.session.solving import Solver
 
 __all__ = ["plan", "replan"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +24,7 @@ from stowplan.offload.capture.block_allocations import (
     seen_allocations,
 )
 from stowplan.offload.capture.block_program import Casts, Surroundings, single_assignment
+from stowplan.offload.capture.graph_end import GraphEnd, Strides, graph_end, output_gradient_bytes
 from stowplan.offload.capture.instruments import Instruments
 from stowplan.offload.capture.own_arguments import (
     OnGradient,
@@ -43,10 +44,7 @@ from stowplan.offload.tape.rows import grid, num_tokens, row_wise
 from stowplan.offload.tape.run import Counters
 from stowplan.offload.tape.tape import Origin, Tape
 
-__all__ = ["BlockCapture", "capture_block", "graph_end", "median_seconds"]
-
-Strides = Sequence[tuple[int, ...]]
-GraphEnd = Callable[[Any, OnGradient], torch.Tensor | None]
+__all__ = ["BlockCapture", "capture_block", "median_seconds"]
 
 # A machine is disturbed for tenths of a second at a time: a median over less than that is one of the disturbance.
 _LEAST_TIMED_RUNS, _MOST_TIMED_RUNS, _ENOUGH_SECONDS = 3, 20, 0.5
@@ -162,7 +160,7 @@ def capture_block(
         backward_seconds=seconds[1],
         forward_peak_bytes=segments["forward"].peak_bytes - segments["forward"].start_bytes,
         backward_peak_bytes=segments["backward"].peak_bytes - segments["forward"].start_bytes,
-        output_gradient_bytes=_output_gradient_bytes(output, gradient_strides),
+        output_gradient_bytes=output_gradient_bytes(output, gradient_strides),
         gradient_bytes=0 if held_gradients else _gradient_bytes(module),
         unseen_bytes=graph.start_bytes - segments["forward"].start_bytes - alive_bytes,
         lingering_bytes=lingering_bytes,
@@ -240,58 +238,6 @@ def _find_holders(recording: Recording) -> tuple[int, int]:
 
 
 # ---- the block: bytes and seconds ----------------------------------------------------------------------------------
-class _Detour(torch.autograd.Function):
-    """Stands for the rest of the model: takes the block's outputs, lets go of them, and has a gradient for each."""
-
-    @staticmethod
-    def forward(ctx: Any, gradients: list[torch.Tensor], *outputs: torch.Tensor) -> torch.Tensor:
-        ctx.gradients = gradients
-        return gradients[0].new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        gradients = list(ctx.gradients)
-        ctx.gradients.clear()
-        return None, *gradients
-
-
-def graph_end(output: Any, on_gradient: OnGradient = unnoted, strides: Strides | None = None) -> torch.Tensor | None:
-    """A scalar whose backward gives every differentiable output a random gradient, without keeping the output.
-
-    ``on_gradient`` is told each of these. None for a frozen block, which has no backward.
-    """
-    outputs = [t for t in tensors_in(output) if t.requires_grad]
-    if not outputs:
-        return None
-    if strides is None:
-        strides = [t.stride() for t in outputs]
-    gradients = [_random(t, stride) for t, stride in zip(outputs, strides, strict=True)]
-    for gradient in gradients:
-        on_gradient(gradient)
-    end: torch.Tensor = _Detour.apply(gradients, *outputs)  # type: ignore[no-untyped-call]
-    return end
-
-
-def _random(like: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:
-    if 0 in stride:  # numbers that are there once: nothing is ever added to such a gradient in place
-        return torch.randn(_reach(like.shape, stride), dtype=like.dtype, device=like.device).as_strided(
-            like.shape, stride
-        )
-    return torch.empty_strided(like.shape, stride, dtype=like.dtype, device=like.device).normal_()
-
-
-def _reach(shape: Sequence[int], stride: Sequence[int]) -> int:
-    """Elements of a storage that a tensor of that shape and stride spans."""
-    return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) if 0 not in shape else 0
-
-
-def _output_gradient_bytes(output: Any, strides: Strides | None) -> int:
-    outputs = [t for t in tensors_in(output) if t.requires_grad]
-    if strides is None:
-        strides = [t.stride() for t in outputs]
-    return sum(t.element_size() * _reach(t.shape, stride) for t, stride in zip(outputs, strides, strict=True))
-
-
 def _measure_memory(
     call: Callable[[OnGradient], Any], make_end: GraphEnd, instruments: Instruments
 ) -> tuple[dict[str, Segment], Any, AllocationRecord | None]:

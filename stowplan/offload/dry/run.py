@@ -143,7 +143,8 @@ class DryRun:
     def _run_for_real(
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[float, float]:
-        from stowplan.offload.capture.block_capture import graph_end, median_seconds
+        from stowplan.offload.capture.block_capture import median_seconds
+        from stowplan.offload.capture.graph_end import graph_end
         from stowplan.offload.capture.instruments import RealInstruments
 
         assert self._real_device is not None
