@@ -58,7 +58,7 @@ class Problem:
         padded = float(np.ceil(self.size / self.alignment).sum()) * self.alignment
         if padded > _MOST_BYTES:
             raise InvalidArgument(
-                f"the sizes add up to more than 2**60 bytes, each padded to the alignment ({self.alignment}): {padded:g}."
+                f"the sizes, padded to the alignment ({self.alignment}), add up to more than 2**60 bytes: {padded:g}."
             )
         if self.fixed is not None:
             placed = self.fixed != FREE
@@ -96,7 +96,9 @@ class Problem:
         """
         if not len(self):
             return 0
-        highest = 0 if self.fixed is None else int(np.where(self.fixed == FREE, 0, self.fixed + self.aligned_size).max())
+        highest = (
+            0 if self.fixed is None else int(np.where(self.fixed == FREE, 0, self.fixed + self.aligned_size).max())
+        )
         times = np.concatenate([self.upper, self.lower])
         changes = np.concatenate([-self.aligned_size, self.aligned_size])
         order = np.lexsort((changes, times))  # what ends at a time goes before what begins
