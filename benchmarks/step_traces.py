@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,7 +93,7 @@ MODELS: dict[str, Callable[[int], tuple[torch.nn.Module, dict[str, Any]]]] = {
 }
 
 
-def step_traces(models: Iterable[str] = MODELS, blocks: Iterable[int] = BLOCKS) -> Iterator[Step]:
+def step_traces(models: Collection[str] = tuple(MODELS), blocks: Collection[int] = BLOCKS) -> Iterator[Step]:
     """The buffers of a step of each model at each depth, with everything kept and under a tight plan."""
     for model in models:
         for num_blocks in blocks:
@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("--blocks", default=",".join(map(str, BLOCKS)), help="depths, by comma")
     options = parser.parse_args()
     rows = []
-    for name, trace, device in step_traces(options.only.split(","), map(int, options.blocks.split(","))):
+    for name, trace, device in step_traces(options.only.split(","), [*map(int, options.blocks.split(","))]):
         problem = packing_problem(trace, ALIGNMENT_BYTES[device])
         began = time.perf_counter()
         solution = pack(problem, time_limit_seconds=SECONDS)
