@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from stowplan.core.plan import Measurement, Plan, Prediction
     from stowplan.core.program import Action
     from stowplan.session import (
+        allocations,
         allow_replay,
         applied,
         apply,
@@ -77,6 +78,7 @@ __all__ = [
     "StowplanError",
     "UnsupportedModel",
     "__version__",
+    "allocations",
     "allow_replay",
     "applied",
     "apply",
@@ -95,6 +97,7 @@ _HOMES = {
     "stowplan.core.plan": ("Measurement", "Plan", "Prediction"),
     "stowplan.core.program": ("Action",),
     "stowplan.session": (
+        "allocations",
         "allow_replay",
         "applied",
         "apply",

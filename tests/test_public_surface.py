@@ -43,6 +43,7 @@ NAMES = [
     "StowplanError",
     "UnsupportedModel",
     "__version__",
+    "allocations",
     "allow_replay",
     "applied",
     "apply",
@@ -77,6 +78,7 @@ FLAGS = {
         "--time-limit",
         "--json",
         "--out",
+        "--allocations",
     ],
     "report": ["file", "--json"],
     "pack": [

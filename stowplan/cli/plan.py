@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stowplan.cli.files import refuse_missing_directory
+from stowplan.cli.files import refuse_missing_directory, write_text
 from stowplan.cli.report import print_plan
 from stowplan.cli.terminal import say, told_errors
 from stowplan.core.errors import InvalidArgument
@@ -84,10 +84,15 @@ def plan_command(
         bool, typer.Option("--json", help="Print the plan as JSON, and nothing else, on stdout.")
     ] = False,
     out: Annotated[Path | None, typer.Option(metavar="PLAN.json", help="Write the plan to this file, too.")] = None,
+    allocations: Annotated[
+        Path | None,
+        typer.Option(metavar="OUT.csv", help="Plan addresses, too, and write the step's buffers to this file."),
+    ] = None,
 ) -> None:
     """Plan one training step of a model within a memory budget, and report on the plan."""
     with told_errors():
         refuse_missing_directory(out)
+        refuse_missing_directory(allocations, "--allocations")
         if tolerance is not None and not inexact:
             raise InvalidArgument("--tolerance goes with --inexact.")
         device_bytes, host_bytes = _size(budget, "--budget"), _size(host_budget, "--host-budget")
@@ -112,8 +117,12 @@ def plan_command(
                 blocks=blocks,
                 solver=solver,
                 time_limit_seconds=time_limit,
+                allocations=allocations is not None,
                 on_progress=say,
             )
+        if allocations is not None:
+            write_text(str(allocations), session.allocations(made).to_csv())
+            say(f"allocations written to {allocations}")
         if out is not None:
             made.save(out)
             say(f"plan written to {out}")

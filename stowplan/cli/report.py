@@ -40,4 +40,9 @@ def print_plan(plan: Plan, as_json: bool) -> None:
         return
     from stowplan.reports.text import render
 
-    typer.echo(render(plan), nl=False)
+    addresses = None
+    if plan.arena_bytes is not None:
+        from stowplan.planner.addresses import addresses_of
+
+        addresses = addresses_of(plan)
+    typer.echo(render(plan, addresses=addresses), nl=False)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import stowplan
 from stowplan.core.plan import Plan
 from stowplan.reports.text import render
 from tests.cli.commands import run, told
@@ -100,6 +101,17 @@ def test_plan_prints_a_report_and_writes_the_plan(job_file: Path, tmp_path: Path
     assert result.exit_code == 0, result.output
     assert result.stdout == render(Plan.load(out))
     assert "making the model" in result.stderr
+
+
+def test_plan_writes_the_buffers_of_the_step(job_file: Path, tmp_path: Path) -> None:
+    out, plan_file = tmp_path / "step.csv", tmp_path / "plan.json"
+    result = run("plan", "--model", f"{job_file}:job", "--budget", "1GiB", "--allocations", out, "--out", plan_file)
+    assert result.exit_code == 0, result.output
+    assert "ADDRESSES" in result.stdout
+    trace = stowplan.allocations(Plan.load(plan_file))
+    assert out.read_text() == trace.to_csv()
+    assert out.read_text().startswith("id,lower,upper,size,kind,segment\n0,0,")
+    assert run("report", plan_file).stdout == result.stdout
 
 
 def test_plan_as_json_has_stdout_to_itself(job_file: Path) -> None:
