@@ -5,10 +5,10 @@
     python -m benchmarks.packing --minimalloc PATH        # its command-line program, built by hand
 
 Families: ``dsa``, six problems of minimalloc with a capacity; ``variants`` of these that can be packed by construction
-(warped or reversed time, buffers removed, or cut into two); ``churn``, unstructured lifetimes and sizes; ``layers``, the
-trace of a training step. With a capacity the question is whether it is met in time, without, how far the height is from
-the bound. Every answer is checked. omnimalloc takes part when it is installed (``pip install omnimalloc``; greedy by
-size, and its own choice, on one thread). Results go to benchmarks/results/packing.json.
+(warped or reversed time, buffers removed, or cut into two); ``churn``, unstructured lifetimes and sizes; ``layers``,
+the trace of a training step. With a capacity the question is whether it is met in time, without, how far the height is
+from the bound. Every answer is checked. omnimalloc takes part when it is installed (``pip install omnimalloc``; greedy
+by size, and its own choice, on one thread). Results go to benchmarks/results/packing.json.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def cpu_seconds() -> float:
 def line(row: dict[str, Any]) -> str:
     ratio = "" if row["over_bound"] is None else f"{row['over_bound']:.5f}"
     fits = "" if row["fits"] is None else "fits" if row["fits"] else "does not fit"
-    where = f"{row['family']:9}{row['problem']:18}{row['buffers']:7} {row['packer']:24}"
+    where = f"{row['family']:9}{row['problem']:18}{row['buffers']:7} {row['packer']:26}"
     return f"{where}{ratio:9} {row['wall_seconds']:8.2f} s wall {row['cpu_seconds']:8.2f} s CPU  {fits}"
 
 
@@ -121,7 +121,7 @@ def summarise(rows: list[dict[str, Any]]) -> list[str]:
                 ratios = [row["over_bound"] for row in mine]
                 said = f"over bound: median {statistics.median(ratios):.5f}, worst {max(ratios):.5f}"
             lines.append(
-                f"{family:9} {packer:24} {said}; {statistics.median(cpu):.2f} s CPU median, {max(cpu):.2f} most"
+                f"{family:9} {packer:26} {said}; {statistics.median(cpu):.2f} s CPU median, {max(cpu):.2f} most"
             )
     return lines
 
@@ -165,7 +165,7 @@ def run_minimalloc(program: Path, case: Case, time_limit_seconds: float) -> Any:
     with tempfile.TemporaryDirectory() as directory:
         given, found = Path(directory, "given.csv"), Path(directory, "found.csv")
         with given.open("w", newline="") as file:
-            writer = csv.writer(file)
+            writer = csv.writer(file, lineterminator="\n")
             writer.writerow(("id", "lower", "upper", "size"))
             writer.writerows(zip(range(len(p)), p.lower.tolist(), p.upper.tolist(), p.size.tolist(), strict=True))
         limits = (f"--capacity={case.capacity_bytes}", f"--timeout={time_limit_seconds:g}s")
@@ -178,9 +178,6 @@ def run_minimalloc(program: Path, case: Case, time_limit_seconds: float) -> Any:
             for row in csv.DictReader(file):
                 offsets[int(row["id"])] = int(row["offset"])
     return offsets
-
-
-# ---- problems ----------------------------------------------------------------------------------------------------------
 
 
 def dsa(given: argparse.Namespace) -> Iterator[Case]:

@@ -1,4 +1,4 @@
-"""Packing in Python, for machines without a compiler: the best of a few orders. Slow beyond some ten thousand buffers."""
+"""Packing in Python, for machines without a compiler: the best of a few orders, slow beyond ten thousand buffers."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ __all__ = ["pack_in_python"]
 
 
 def pack_in_python(problem: Problem, enough_bytes: int, time_limit_seconds: float) -> Solution:
-    """First fit by size, by area, by width and by crowding, until ``enough_bytes`` or the time is met; the first always.
+    """First fit by size, by area, by width and by crowding, until ``enough_bytes`` or the time is met.
 
-    The bound is the problem's: nothing is proved by search.
+    The first order is always tried. The bound is the problem's: nothing is proved by search.
     """
     began = time.perf_counter()
     best = _first_fit(problem, _by(problem.aligned_size))

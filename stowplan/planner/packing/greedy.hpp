@@ -9,7 +9,8 @@ namespace packing {
 
 constexpr int kSkylineOrders = 4, kPromotions = 16, kFirstFitOrders = 8;
 // (crowding, width) weights of first fit: plain greedy by size, then what did best on churn of several distributions.
-constexpr double kWeights[kFirstFitOrders][2] = {{0, 0}, {8, .2}, {5, .75}, {3, 0}, {1, .3}, {20, .7}, {0, 1}, {12, .4}};
+constexpr double kWeights[kFirstFitOrders][2] = {{0, 0}, {8, .2}, {5, .75}, {3, 0},
+                                                 {1, .3}, {20, .7}, {0, 1}, {12, .4}};
 
 using Order = vector<int>;  // buffers, the first to be placed first
 
@@ -19,7 +20,8 @@ class Board {
  public:
   vector<i64> offset;
 
-  explicit Board(const Instance& in) : offset(in.n, 0), in_(in), by_first_(in.n), position_(in.n), first_(in.n), last_(in.n, 0) {
+  explicit Board(const Instance& in)
+      : offset(in.n, 0), in_(in), by_first_(in.n), position_(in.n), first_(in.n), last_(in.n, 0) {
     std::iota(by_first_.begin(), by_first_.end(), 0);
     std::sort(by_first_.begin(), by_first_.end(), [&](int a, int b) {
       return in.first[a] != in.first[b] ? in.first[a] < in.first[b] : a < b;
@@ -112,9 +114,10 @@ inline bool first_fit(const Instance& in, const Order& order, Board& board, Watc
   return true;
 }
 
-// The tops of what is placed so far, as stretches of sections of equal height. The lowest stretch gets the first buffer in
-// the order whose lifetime lies inside it, or else is raised to its lower neighbour. Needs no look at neighbours: layered
-// traces of 100,000 buffers take a fraction of a second. Fixed buffers are left out: all others come above them.
+// The tops of what is placed so far, as stretches of sections of equal height. The lowest stretch gets the first buffer
+// in the order whose lifetime lies inside it, or else is raised to its lower neighbour. Needs no look at neighbours:
+// layered traces of 100,000 buffers take a fraction of a second. Fixed buffers are left out: all others come above
+// them.
 class Skyline {
  public:
   explicit Skyline(const Instance& in) : in_(in), by_first_(in.n), position_(in.n), first_(in.n) {
@@ -130,13 +133,15 @@ class Skyline {
     while (leaves_ < in.n) leaves_ *= 2;
   }
 
-  void fill(const Order& order, vector<i64>& offset) {
+  // False if time ran out; without a watch it does not.
+  bool fill(const Order& order, vector<i64>& offset, Watch* watch) {
     int left = load(order);
     stretches_.assign(size_t(in_.sections()) + 1, {});
     stretches_[0] = {in_.sections(), -1, base_};
     heap_.clear();
     push(0);
     while (left) {
+      if (watch && watch->over()) return false;
       std::pop_heap(heap_.begin(), heap_.end());
       auto [negative_height, negative_begin] = heap_.back();
       heap_.pop_back();
@@ -155,6 +160,7 @@ class Skyline {
       left--;
       cut(begin, in_.first[i], in_.last[i], here.height + in_.size[i]);
     }
+    return true;
   }
 
  private:
@@ -253,7 +259,8 @@ class Skyline {
 };
 
 // How a buffer ranks among those to be placed: log size + crowding weight * log crowding + width weight * log width.
-// Crowding (the most that is alive in any of its sections) puts those first that must fit where there is no room to spare.
+// Crowding (the most that is alive in any of its sections) puts those first that must fit where there is no room to
+// spare.
 class Ranking {
  public:
   explicit Ranking(const Instance& in) : size_(in.n), crowding_(in.n), width_(in.n) {
@@ -281,7 +288,8 @@ void sort_by(Order& order, Key key) {
   for (size_t k = 0; k < order.size(); k++) order[k] = keys[k].second;
 }
 
-// The best of several orders in `best`, in rounds that the caller may stop: `over` is asked before each but the first.
+// Several orders, one after the other, until `keep` says that what it is told is enough, or `share` of the time is
+// over. The first always comes to its end.
 template <class Keep>
 void greedy(const Instance& in, const Ranking& ranking, Board& board, Watch& watch, double share, Keep keep) {
   const double seconds = watch.elapsed() + share * watch.left();
@@ -293,7 +301,7 @@ void greedy(const Instance& in, const Ranking& ranking, Board& board, Watch& wat
   vector<double> turn(in.n);  // in the best order of the skyline
   i64 best = kFar;
   auto attempt = [&] {
-    skyline.fill(order, offset);
+    if (!skyline.fill(order, offset, best == kFar ? nullptr : &watch)) return true;
     i64 height = in.height(offset);
     if (height < best) {
       best = height;

@@ -5,16 +5,16 @@
 
 namespace packing {
 
-// Packings fail at a few crowded times, each apart from the others. So a move looks at one buffer that ends above the goal,
-// takes out what is alive around it (a window somewhat longer than its lifetime, at times only from some level up), and
-// lets first fit place that again by a ranking drawn anew, the offenders promoted. It is kept if the bytes above the goal,
-// summed over buffers, have not become more.
+// Packings fail at a few crowded times, each apart from the others. So a move looks at one buffer that ends above the
+// goal, takes out what is alive around it (a window somewhat longer than its lifetime, at times only from some level
+// up), and lets first fit place that again by a ranking drawn anew, the offenders promoted. It is kept if the bytes
+// above the goal, summed over buffers, have not become more.
 class Improver {
  public:
   Improver(const Instance& in, const Ranking& ranking, Board& board) : in_(in), ranking_(ranking), board_(board) {}
 
-  // Goes on from `offset`, the best packing known, until `until` seconds; tells `keep` what is better, which answers true
-  // when that is enough.
+  // Goes on from `offset`, the best packing known, until `until` seconds; tells `keep` what is better, which answers
+  // true when that is enough.
   template <class Keep>
   void run(const vector<i64>& offset, double until, Watch& watch, Keep keep) {
     i64 best = load(offset);

@@ -1,6 +1,7 @@
 // What every solver reads: the buffers, their sections, and the clock that stops them.
 //
-// Sizes and offsets are in units that the caller chose (the alignment): whole numbers, limited so that no sum overflows. Times may be any 64-bit numbers: only their order and, as doubles, their differences are used.
+// Sizes and offsets are in units that the caller chose (the alignment): whole numbers, limited so that no sum
+// overflows. Times may be any 64-bit numbers: only their order and, as doubles, their differences are used.
 #pragma once
 
 #include <algorithm>

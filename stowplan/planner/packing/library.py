@@ -1,4 +1,4 @@
-"""The compiled packer: what its C interface takes and gives. The algorithms are told in the sources beside this file."""
+"""The compiled packer: what its C interface takes and gives. The sources beside this file tell the algorithms."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from stowplan.planner.packing.problem import FREE, Integers, Problem, Solution
 __all__ = ["ALL_RULES", "Method", "OnProgress", "library", "run", "scale"]
 
 OnProgress = Callable[[int, int, float], object]
-"""Called with the best height, the proved bound (both in bytes) and the seconds so far; what is true ends the packing."""
+"""Called with the best height and the proved bound, in bytes, and the seconds so far; a true answer ends it."""
 
 _HERE = Path(__file__).parent
-_HEADERS = ("instance.hpp", "greedy.hpp", "improve.hpp", "search.hpp")
-ALL_RULES = 127  # every rule of search.hpp
+_HEADERS = ("instance.hpp", "greedy.hpp", "improve.hpp", "rules.hpp", "search.hpp")
+ALL_RULES = 127  # every rule of rules.hpp
 
 
 class Method(IntEnum):
@@ -76,7 +76,7 @@ def run(
 ) -> Solution:
     """The best packing of ``problem`` that is found; a bound above ``capacity_bytes`` says that none is within it.
 
-    Ends are padded to the alignment, also when they are compared with the capacity. ``rules``: bits of search.hpp's
+    Ends are padded to the alignment, also when they are compared with the capacity. ``rules``: bits of rules.hpp's
     rules for the exact search. An exception of ``on_progress`` ends the packing and is raised here.
     Raises InvalidArgument for what the exact search is too large for.
     """
@@ -86,37 +86,24 @@ def run(
     def report(height: int, bound: int, seconds: float) -> int:
         try:  # also where an interrupt of the main thread arrives
             return bool(on_progress and on_progress(height * unit, bound * unit, seconds))
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - raised below, outside the C code
             raised.append(error)
             return 1
 
     fixed = np.full(len(problem), FREE) if problem.fixed is None else problem.fixed
     offsets, height, bound = np.zeros(len(problem), np.int64), ctypes.c_int64(), ctypes.c_int64()
-    outcome = _Outcome(
-        pack(
-            len(problem),
-            problem.lower,
-            problem.upper,
-            problem.aligned_size // unit,
-            np.where(fixed == FREE, FREE, fixed // unit),
-            FREE if capacity_bytes is None else capacity_bytes // unit,
-            time_limit_seconds,
-            method,
-            rules,
-            _Progress(report),
-            offsets,
-            height,
-            bound,
-        )  # fmt: skip
-    )
+    arrays = (problem.lower, problem.upper, problem.aligned_size // unit, np.where(fixed == FREE, FREE, fixed // unit))
+    capacity = FREE if capacity_bytes is None else capacity_bytes // unit
+    asked = (capacity, time_limit_seconds, method, rules, _Progress(report))
+    outcome = _Outcome(pack(len(problem), *arrays, *asked, offsets, height, bound))
     if raised:
         raise raised[0]
     if outcome is _Outcome.NO_MEMORY:
         raise MemoryError(f"no memory for packing {len(problem)} buffers")
     if outcome is _Outcome.TOO_LARGE:
         raise InvalidArgument(
-            f"{len(problem)} buffers are too many for the exact search, which takes up to 4000 and 8 million pairs that "
-            f'are alive together: use solver="auto".'
+            f"{len(problem)} buffers are too many for the exact search, which takes up to 4000, and 8 million pairs "
+            f'that are alive together: use solver="auto".'
         )
     assert outcome is not _Outcome.INVALID, "Problem has checked all that the packer checks"
     seconds = time.perf_counter() - began

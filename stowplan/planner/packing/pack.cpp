@@ -1,7 +1,8 @@
 // Offline dynamic storage allocation: offsets for buffers with known lifetimes. A plain C interface, no dependencies.
 //
 //   instance.hpp  buffers, sections, bound, deadline      greedy.hpp   first fit, skyline, orders
-//   search.hpp    exact search and proofs                 improve.hpp  local search
+//   search.hpp    exact search, proofs                    rules.hpp    what cuts the search off
+//   improve.hpp   local search
 //
 // No globals: any number of threads may call. Memory: O(n), and lists of neighbours where the exact search takes part.
 #include <new>
@@ -34,8 +35,9 @@ struct Best {
   bool enough() const { return watch.height <= std::max(capacity, watch.bound); }
 };
 
-// What an exact search, where the problem is small enough for it, and the local search can do in turns that grow longer. With
-// a capacity the one question is whether it can be met. Without, the search is for the bound, and for heights halfway to it.
+// What an exact search, where the problem is small enough for it, and the local search can do in turns that grow
+// longer. With a capacity the one question is whether it can be met. Without, the search is for the bound, and for
+// heights halfway to it.
 class Descent {
  public:
   Descent(const Instance& in, i64 capacity, Solver solver, unsigned rules, Best& best, Watch& watch)
@@ -119,17 +121,19 @@ bool valid(int n, const i64* lower, const i64* upper, const i64* size, const i64
 }  // namespace
 }  // namespace packing
 
-// Packs n buffers: lifetimes [lower, upper), sizes, and offsets that are given (`fixed`: null, or -1 where free; those that
-// are given must not overlap). `capacity`: good enough; -1 for the least height. Writes `offset` [n] of the lowest packing
-// found in `seconds`, or until `progress` says stop, its height, and a proved bound: one above the capacity is the proof
-// that no packing is within it. Gives 0, or: 1 too large for the exact search, 2 invalid arguments, 3 no memory.
+// Packs n buffers: lifetimes [lower, upper), sizes, and offsets that are given (`fixed`: null, or -1 where free; those
+// that are given must not overlap). `capacity`: good enough; -1 for the least height. Writes `offset` [n] of the lowest
+// packing found in `seconds`, or until `progress` says stop, its height, and a proved bound: one above the capacity is
+// the proof that no packing is within it. Gives 0, or: 1 too large for the exact search, 2 invalid arguments, 3 no
+// memory.
 extern "C" __attribute__((visibility("default"))) int stowplan_pack(
     int n, const std::int64_t* lower, const std::int64_t* upper, const std::int64_t* size, const std::int64_t* fixed,
     std::int64_t capacity, double seconds, int solver, unsigned rules, packing::Progress progress, std::int64_t* offset,
     std::int64_t* height, std::int64_t* bound) {
   using namespace packing;
   *height = *bound = 0;
-  if (n < 0 || n > kMostCount || !valid(n, lower, upper, size, fixed) || solver < kGreedy || solver > kAuto) return kInvalid;
+  if (n < 0 || n > kMostCount || solver < kGreedy || solver > kAuto) return kInvalid;
+  if (!valid(n, lower, upper, size, fixed)) return kInvalid;
   if (n == 0) return kPacked;
   try {
     const Instance in(n, lower, upper, size, fixed);

@@ -58,7 +58,7 @@ class Problem:
         padded = float(np.ceil(self.size / self.alignment).sum()) * self.alignment
         if padded > _MOST_BYTES:
             raise InvalidArgument(
-                f"the sizes add up to more than 2**60 bytes, each padded to the alignment ({self.alignment}): {padded:g}."
+                f"the sizes, padded to the alignment ({self.alignment}), add up to more than 2**60 bytes: {padded:g}."
             )
         if self.fixed is not None:
             placed = self.fixed != FREE

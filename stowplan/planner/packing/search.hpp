@@ -1,44 +1,23 @@
 // Exact search: a packing within a capacity, or the proof that there is none.
 //
 // What is searched. Of all packings within the capacity take one whose sum of offsets is least. There, each free buffer
-// stands on offset 0 or on a neighbour (else it could be lowered), and none could be put into a hole below it. The search
-// places buffers by non-decreasing offset, ties by rank: so each goes to its `low`, the highest top of the neighbours placed
-// so far, and an offset once passed (`floor`) is not used again. A prefix of such a least packing is never cut off by the
-// rules below, so a search that comes to its end without a packing is a proof. Fixed buffers are placed when their turn
-// comes; they keep none of the promises of a least packing, so no rule concludes anything from those about them.
+// stands on offset 0 or on a neighbour (else it could be lowered), and none could be put into a hole below it. The
+// search places buffers by non-decreasing offset, ties by rank: so each goes to its `low`, the highest top of the
+// neighbours placed so far, and an offset once passed (`floor`) is not used again. A prefix of such a least packing is
+// never cut off by the rules below, so a search that comes to its end without a packing is a proof. Fixed buffers are
+// placed when their turn comes; they keep none of the promises of a least packing, so no rule concludes anything from
+// those about them.
 #pragma once
 
-#include "instance.hpp"
+#include "rules.hpp"
 
 namespace packing {
 
-// Each may be switched off; packings and proofs stay right, and take longer.
-enum Rule : unsigned {
-  // No buffer is placed at or above a place in which another, still unplaced, would fit altogether: the other could be lowered.
-  kDominance = 1,
-  // All that is unplaced comes at or above the floor: floor + its bytes must be within the capacity, in each section.
-  kFloor = 2,
-  // A section is a machine, its unplaced buffers are jobs released at their least offsets: in the order of release they
-  // end as early as they can, which must be within the capacity.
-  kRelease = 4,
-  // A buffer that, begun at its release, could not be followed by all of a set of others within the capacity comes after
-  // one of them: its release is at least the earliest end in that set.
-  kNotFirst = 8,
-  // A buffer whose low the search has passed must stand on a neighbour that is still unplaced: its release is at least the
-  // earliest end of those.
-  kBlocked = 16,
-  // Where no unplaced lifetime crosses, what is before and what is after are searched apart.
-  kSplit = 32,
-  // The parts of a split rank their buffers anew, by what is left.
-  kRerank = 64,
-  kAllRules = 127,
-};
-
 enum class Outcome { packed, impossible, unknown };
 
-class Search {
+class Search : private Rules {
  public:
-  vector<i64> offset;
+  using Rules::offset;
 
   static constexpr int kMostBuffers = 4000;           // the recursion is as deep
   static constexpr i64 kMostEntries = i64(1) << 24;   // of the lists of neighbours and of sections
@@ -51,21 +30,7 @@ class Search {
   }
 
   Search(const Instance& in, unsigned rules, Watch& watch)
-      : offset(in.n), in_(in), rules_(rules), watch_(watch), near_(in.n), in_section_(in.sections()),
-        crossing_(in.sections()), rank_(in.n), low_(in.n), total_(in.n), blur_(2 * size_t(in.n), 1.0) {
-    vector<int> by_first(in.n), alive;
-    std::iota(by_first.begin(), by_first.end(), 0);
-    std::sort(by_first.begin(), by_first.end(), [&](int a, int b) { return in.first[a] < in.first[b]; });
-    for (int i : by_first) {
-      alive.erase(std::remove_if(alive.begin(), alive.end(), [&](int j) { return in.last[j] <= in.first[i]; }), alive.end());
-      for (int j : alive) {
-        near_[i].push_back(j);
-        near_[j].push_back(i);
-      }
-      alive.push_back(i);
-      for (int s = in.first[i]; s < in.last[i]; s++) in_section_[s].push_back(i);
-    }
-  }
+      : Rules(in, rules), watch_(watch), total_(in.n), blur_(2 * size_t(in.n), 1.0) {}
 
   // How far the search at one capacity has come.
   struct Effort {
@@ -74,14 +39,13 @@ class Search {
     i64 limit = 0;   // of nodes
   };
 
-  // Round robin over rankings, until `until` seconds: each from the start, in each round with twice as many nodes as in the
-  // one before. A ranking that comes to its end decides. An effort may be gone on with.
+  // Round robin over rankings, until `until` seconds: each from the start, in each round with twice as many nodes as in
+  // the one before. A ranking that comes to its end decides. An effort may be gone on with.
   Outcome run(Effort& effort, double until) {
-    capacity_ = effort.capacity;
     effort.limit = std::max<i64>(effort.limit, 2 * i64(in_.n));
     while (!watch_.over() && watch_.elapsed() < until) {
       choose_ranking(effort.turn);
-      Outcome outcome = attempt(effort.limit, until);
+      Outcome outcome = attempt(effort.capacity, effort.limit, until);
       if (outcome != Outcome::unknown) return outcome;
       if (++effort.turn == kRankings + kBlurred) {
         effort.turn = 0;
@@ -98,37 +62,14 @@ class Search {
                                               {kArea, kWidth, kTotal}, {kSize, kWidth, kTotal}};
   static constexpr double kBlur = 0.2;  // totals and widths are blurred by up to this share
 
-  struct Candidate { i64 offset; int rank, buffer; };
-  struct Change { int buffer; bool of_release; i64 before; };
-
-  const Instance& in_;
-  const unsigned rules_;
   Watch& watch_;
-  vector<vector<int>> near_;        // alive together with each buffer
-  vector<vector<int>> in_section_;  // buffers by release, the placed ones first
-  vector<int> crossing_;            // unplaced buffers alive in section s and in s + 1
-  vector<int> rank_;
-  vector<i64> low_;                 // the highest top of placed neighbours
-  vector<i64> release_;             // proved: an unplaced buffer's offset is at least this; kPlaced
   vector<i64> total_;
-  vector<double> blur_;             // of totals, of widths
-  vector<i64> left_;                // unplaced bytes in each section
-  vector<int> open_;                // unplaced buffers in each section
-  vector<char> dirty_;              // sections whose releases have risen
-  int dirty_from_ = 0, dirty_to_ = 0;
-  vector<Change> trail_;
-  vector<char> placed_;
-  vector<Candidate> ends_;          // of one section; scratch
+  vector<double> blur_;  // of totals, of widths
   const Key* keys_ = nullptr;
-  i64 capacity_ = 0, limit_ = 0, nodes_ = 0;
+  i64 limit_ = 0, nodes_ = 0;
   double until_ = 0;
   bool cut_ = false;
   Random random_{1};
-
-  static constexpr i64 kPlaced = -1;
-
-  bool has(Rule rule) const { return rules_ & rule; }
-  bool is_fixed(int i) const { return in_.fixed[i] != kFree; }
 
   void choose_ranking(int turn) {
     std::fill(blur_.begin(), blur_.end(), 1.0);
@@ -137,42 +78,17 @@ class Search {
     for (double& b : blur_) b = 1 - kBlur + 2 * kBlur * random_.uniform();
   }
 
-  Outcome attempt(i64 limit, double until) {
+  Outcome attempt(i64 capacity, i64 limit, double until) {
     limit_ = limit;
     until_ = until;
     nodes_ = 0;
     cut_ = false;
-    trail_.clear();
-    low_.assign(in_.n, 0);
-    release_.assign(in_.n, 0);
-    placed_.assign(in_.n, 0);
-    left_ = in_.live;
-    count_open();
-    dirty_.assign(in_.sections(), 1);
-    dirty_from_ = 0;
-    dirty_to_ = in_.sections();
-    for (int i = 0; i < in_.n; i++) {
-      if (is_fixed(i)) release_[i] = in_.fixed[i];
-      if (release_[i] + in_.size[i] > capacity_) return Outcome::impossible;
-    }
+    if (!start(capacity)) return Outcome::impossible;
     vector<int> all(in_.n);
     std::iota(all.begin(), all.end(), 0);
-    if (!propagate(0)) return Outcome::impossible;
     if (split(all, 0, -1, true)) return Outcome::packed;
     return cut_ ? Outcome::unknown : Outcome::impossible;
   }
-
-  void count_open() {
-    std::fill(crossing_.begin(), crossing_.end(), 0);
-    open_.assign(in_.sections(), 0);
-    for (int i = 0; i < in_.n; i++)
-      for (int s = in_.first[i]; s < in_.last[i]; s++) {
-        open_[s]++;
-        if (s + 1 < in_.last[i]) crossing_[s]++;
-      }
-  }
-
-  // ---- branching -------------------------------------------------------------------------------------------------------
 
   // Packs the unplaced of `members` at or above `floor`, each part between empty cuts by itself, small ones first.
   bool split(const vector<int>& members, i64 floor, int after, bool rerank) {
@@ -237,8 +153,8 @@ class Search {
     }
   }
 
-  // Packs the unplaced of `members`, which live in sections [from, to): `left` of them, none below `floor`, and at the floor
-  // only such as rank above `after`.
+  // Packs the unplaced of `members`, which live in sections [from, to): `left` of them, none below `floor`, and at the
+  // floor only such as rank above `after`.
   bool place(const vector<int>& members, int from, int to, i64 floor, int after, int left) {
     if (!left) return true;
     if (++nodes_ > limit_ || ((nodes_ & 7) == 0 && (watch_.over() || watch_.elapsed() >= until_))) {
@@ -266,164 +182,17 @@ class Search {
     });
     for (const Candidate& c : candidates) {
       if (c.offset >= ceiling) break;
-      const size_t mark = trail_.size();
+      const size_t before = mark();
       bool divided = false;
-      bool open = put(c, divided) && room(from, to, c.offset) && block(members, c) && propagate(has(kFloor) ? c.offset : 0);
-      clean();
-      if (open) {
-        open = divided && has(kSplit) ? split(members, c.offset, c.rank, has(kRerank))
-                                      : place(members, from, to, c.offset, c.rank, left - 1);
-        if (open) return true;
+      if (put(c, members, from, to, divided)) {
+        bool packed = divided && has(kSplit) ? split(members, c.offset, c.rank, has(kRerank))
+                                             : place(members, from, to, c.offset, c.rank, left - 1);
+        if (packed) return true;
       }
-      for (; trail_.size() > mark; trail_.pop_back()) {
-        const Change& change = trail_.back();
-        (change.of_release ? release_ : low_)[change.buffer] = change.before;
-      }
-      unplace(c.buffer);
+      undo(c.buffer, before);
       if (cut_) return false;
     }
     return false;
-  }
-
-  // Places a candidate and raises its neighbours; false if one of them is out of room. `divided`: a cut became empty.
-  bool put(const Candidate& c, bool& divided) {
-    const int i = c.buffer;
-    const i64 top = c.offset + in_.size[i];
-    offset[i] = c.offset;
-    placed_[i] = 1;
-    raise(i, kPlaced);
-    for (int s = in_.first[i]; s < in_.last[i]; s++) {
-      left_[s] -= in_.size[i];
-      open_[s]--;
-      if (s + 1 < in_.last[i] && --crossing_[s] == 0) divided = true;
-    }
-    bool fits = top <= capacity_;
-    for (int j : near_[i]) {
-      if (placed_[j] || low_[j] >= top) continue;
-      trail_.push_back({j, false, low_[j]});
-      low_[j] = top;
-      if (release_[j] < top) fits &= raise(j, top);
-    }
-    return fits;
-  }
-
-  void unplace(int i) {
-    placed_[i] = 0;
-    for (int s = in_.first[i]; s < in_.last[i]; s++) {
-      left_[s] += in_.size[i];
-      open_[s]++;
-      if (s + 1 < in_.last[i]) crossing_[s]++;
-    }
-  }
-
-  // ---- rules -----------------------------------------------------------------------------------------------------------
-
-  // A higher release for buffer i; false if it then ends above the capacity, or above where it is fixed.
-  bool raise(int i, i64 release) {
-    trail_.push_back({i, true, release_[i]});
-    release_[i] = release;
-    if (release == kPlaced) return true;
-    for (int s = in_.first[i]; s < in_.last[i]; s++) dirty_[s] = 1;
-    dirty_from_ = std::min(dirty_from_, in_.first[i]);
-    dirty_to_ = std::max(dirty_to_, in_.last[i]);
-    return release + in_.size[i] <= capacity_ && !(is_fixed(i) && release > in_.fixed[i]);
-  }
-
-  void clean() {
-    if (dirty_from_ < dirty_to_) std::fill(dirty_.begin() + dirty_from_, dirty_.begin() + dirty_to_, 0);
-    dirty_from_ = in_.sections();
-    dirty_to_ = 0;
-  }
-
-  bool room(int from, int to, i64 floor) const {
-    if (!has(kFloor)) floor = 0;
-    for (int s = from; s < to; s++)
-      if (left_[s] && floor + left_[s] > capacity_) return false;
-    return true;
-  }
-
-  bool block(const vector<int>& members, const Candidate& c) {
-    if (!has(kBlocked)) return true;
-    for (int i : members) {
-      if (placed_[i] || is_fixed(i) || release_[i] > std::max(c.offset, low_[i])) continue;
-      bool passed = low_[i] < c.offset || (low_[i] == c.offset && rank_[i] <= c.rank);
-      if (!passed) continue;
-      i64 earliest = kFar;
-      for (int j : near_[i]) {
-        if (placed_[j]) continue;
-        earliest = std::min(earliest, std::max(release_[j], c.offset) + in_.size[j]);
-        if (earliest <= release_[i]) break;
-      }
-      if (earliest == kFar) return false;  // nothing is left that it could stand on
-      if (earliest > release_[i] && !raise(i, earliest)) return false;
-    }
-    return true;
-  }
-
-  // Applies the rules of sections until nothing rises; false if some section cannot be packed.
-  bool propagate(i64 floor) {
-    while (dirty_from_ < dirty_to_) {
-      const int from = dirty_from_, to = dirty_to_;
-      for (int s = from; s < to; s++) {
-        if (dirty_[s] && covered(s)) dirty_[s] = 0;
-        if (dirty_[s] && !fits(s, floor)) return false;
-      }
-      vector<int> again;
-      for (int s = from; s < to; s++)
-        if (dirty_[s]) again.push_back(s);
-      clean();
-      if (!has(kNotFirst)) return true;
-      for (int s : again)
-        if (!not_first(s, floor)) return false;
-    }
-    return true;
-  }
-
-  // All that is unplaced in section s is unplaced in a neighbouring one, too, which says all that s could say. Of equal
-  // sections the later one speaks.
-  bool covered(int s) const {
-    if (!open_[s] || (s + 1 < in_.sections() && crossing_[s] == open_[s])) return true;
-    return s > 0 && crossing_[s - 1] == open_[s] && open_[s - 1] > open_[s];
-  }
-
-  bool fits(int s, i64 floor) {
-    vector<int>& jobs = in_section_[s];
-    const int count = int(jobs.size()), placed = count - open_[s];
-    for (int k = 1; k < count; k++) {  // nearly sorted already, by release
-      int i = jobs[k], to = k;
-      for (; to && release_[jobs[to - 1]] > release_[i]; to--) jobs[to] = jobs[to - 1];
-      jobs[to] = i;
-    }
-    if (!has(kRelease)) return std::max(floor, release_[jobs[placed]]) + left_[s] <= capacity_;
-    i64 end = floor;
-    for (int k = placed; k < count; k++) end = std::max(end, release_[jobs[k]]) + in_.size[jobs[k]];
-    return end <= capacity_;
-  }
-
-  bool not_first(int s, i64 floor) {
-    const vector<int>& jobs = in_section_[s];
-    i64 latest = floor;
-    ends_.clear();
-    for (int i : jobs) {
-      if (placed_[i]) continue;
-      latest = std::max(latest, release_[i]);
-      ends_.push_back({std::max(release_[i], floor) + in_.size[i], 0, i});
-    }
-    if (latest + left_[s] <= capacity_) return true;  // even the last could be first
-    std::sort(ends_.begin(), ends_.end(), [](const Candidate& a, const Candidate& b) { return a.offset > b.offset; });
-    for (const Candidate& job : ends_) {
-      const i64 begin = job.offset - in_.size[job.buffer];
-      if (begin + left_[s] <= capacity_) continue;
-      i64 end = job.offset;
-      for (const Candidate& other : ends_) {  // the latest ends first: their set has the highest earliest end
-        if (other.buffer == job.buffer) continue;
-        end += in_.size[other.buffer];
-        if (end <= capacity_) continue;
-        if (other.offset > begin && other.offset > release_[job.buffer] && !raise(job.buffer, other.offset)) return false;
-        break;
-      }
-    }
-    return true;
   }
 };
 

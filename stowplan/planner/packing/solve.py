@@ -1,4 +1,4 @@
-"""Addresses for a problem, by whichever solver fits: checked, with a bound, and never claimed impossible without a proof."""
+"""Addresses for a problem by whichever solver fits: checked, with a bound; "impossible" is said with a proof only."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def pack(
     """Addresses for ``problem``, the lowest that are found in time, or the first that are within ``capacity_bytes``.
 
     ``"auto"``: orders in one go, then exact search (small problems) and local search in turns until the bound is met.
-    ``"greedy"``: the orders alone. ``"exact"``: the orders, then exact search alone, for up to 4000 buffers. ``"python"``:
-    a few orders without compiled code, which ``auto`` and ``greedy`` fall back to, with a RuntimeWarning.
+    ``"greedy"``: the orders alone. ``"exact"``: the orders, then exact search alone, for up to 4000 buffers.
+    ``"python"``: a few orders without compiled code, which ``auto`` and ``greedy`` fall back to, with a RuntimeWarning.
 
-    Ends are padded to the alignment, also against ``capacity_bytes``. A time limit is met within some 50 ms once a first
-    packing is there; that takes O(n log n), whatever the limit. A solution above the capacity says that time ran out.
+    Ends are padded to the alignment, also against ``capacity_bytes``. A time limit is met within some 50 ms once there
+    is a first packing, which takes O(n log n) whatever the limit. A solution above the capacity: time ran out.
 
     Raises InfeasibleCapacity: proved, by the bytes that are alive together or by a search that came to its end.
     InvalidArgument: fixed offsets that overlap, too many buffers for ``"exact"``, a solver, a time limit or a capacity
@@ -51,11 +51,7 @@ def pack(
         raise PlanRejected(f"the packer ({solution.solver}) gave wrong addresses: {said}. Please report the problem.")
     if capacity_bytes is not None and solution.bound_bytes > capacity_bytes:
         plain = problem.bound_bytes > capacity_bytes
-        proof = (
-            "so many are alive together, or end as high by a fixed offset"
-            if plain
-            else "an exact search found no other"
-        )
+        proof = "so many are alive together, or fixed as high" if plain else "an exact search came to its end"
         raise InfeasibleCapacity(capacity_bytes, solution.bound_bytes, proof)
     return solution
 

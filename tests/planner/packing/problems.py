@@ -46,7 +46,7 @@ def with_fixed(problem: Problem, offsets: np.ndarray, which: np.ndarray) -> Prob
 
 
 def first_fit(problem: Problem, order: list[int], offsets: list[int]) -> list[int]:
-    """Each buffer of ``order`` at its least offset among those that have one (``offsets``: FREE where they have none)."""
+    """Each buffer of ``order`` at its least offset among those that have one: ``offsets`` is FREE for the others."""
     lower, upper, size = problem.lower.tolist(), problem.upper.tolist(), problem.aligned_size.tolist()
     offsets = list(offsets)
     for i in order:
