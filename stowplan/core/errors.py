@@ -9,6 +9,7 @@ StowplanError
 ├── BudgetExceeded                          a step took more than its plan promised; only with strict=True
 ├── PlanMismatch                            a plan meets a model or a batch it was not made for
 ├── InvalidPlanFile                         a plan file that cannot be read
+├── InvalidProblemFile                      a packing problem's CSV file that cannot be read
 ├── MissingDependency (also an ImportError) an optional package is needed; names the extra
 ├── ArenaUnavailable                     the arena cannot be torch's allocator here, or now; says why
 ├── CompilationFailed                    a library of ours cannot be compiled here; says why
@@ -31,6 +32,7 @@ __all__ = [
     "InfeasibleCapacity",
     "InvalidArgument",
     "InvalidPlanFile",
+    "InvalidProblemFile",
     "InvalidSize",
     "MissingDependency",
     "NoGradients",
@@ -168,6 +170,10 @@ class PlanMismatch(StowplanError):
 
 class InvalidPlanFile(StowplanError):
     """A plan file is damaged, of another version, or not a plan at all."""
+
+
+class InvalidProblemFile(StowplanError):
+    """A packing problem's CSV file is no such table, or one of its cells cannot be; names line and column."""
 
 
 class MissingDependency(StowplanError, ImportError):

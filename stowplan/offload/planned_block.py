@@ -112,12 +112,12 @@ class PlannedBlock:
             self.checks.settle()
             leaves = flatten(args, kwargs)
             key = (number, *signature(leaves, kwargs, self.numbers.state()))
-            if key not in self.courses:
-                return self._record(key, stop, forward, args, kwargs)
-            course = self.courses[key]
-            if course is None:
+            course = self.courses.get(key)
+            if course is not None:
+                return self._follow(key, stop, course, leaves, forward, args, kwargs)
+            if key in self.courses:
                 return self._pass_by(stop, forward(*args, **kwargs))
-            return self._follow(key, stop, course, leaves, forward, args, kwargs)
+            return self._record(key, stop, forward, args, kwargs)
         finally:
             self.at_work.release()
 
