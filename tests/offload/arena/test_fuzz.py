@@ -57,6 +57,7 @@ def test_no_use_corrupts_or_crashes(sanitizer: str, tmp_path: Path) -> None:
     assert min(hits, overlaps, failures, waits) > 0
 
 
+@pytest.mark.slow
 def test_without_the_overlap_guard_bytes_are_shared(tmp_path: Path) -> None:
     """The check itself: addresses that are handed out while in use are noticed."""
     for file in SOURCES.glob("*.h"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import random
 import re
 import threading
 from collections.abc import Iterator
@@ -155,3 +156,35 @@ def test_structs_are_those_of_the_header(struct: type) -> None:
     code = re.sub(r"//.*", "", body[1])
     names = [name for line in re.findall(r"int64_t ([^;]+);", code) for name in re.findall(r"\w+", line)]
     assert names == [name for name, *_ in struct._fields_]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_tensors_keep_their_values_whatever_is_asked_for(installed: None, seed: int) -> None:
+    """Steps that ask for nearly the same, in two threads; what is alive never changes."""
+
+    def work(seed: int) -> None:
+        chance = random.Random(seed)
+        alive: list[tuple[int, torch.Tensor]] = []
+        for _ in range(40):
+            for place in range(30):
+                size = 300 + 211 * (place % 7) if chance.random() < 0.95 else chance.randrange(5000)
+                value = chance.randrange(1000)
+                alive.append((value, torch.full((size,), float(value))))
+                while alive and chance.random() < 0.6:
+                    value, tensor = alive.pop(chance.randrange(len(alive)))
+                    wrong.extend([tensor] * (not bool((tensor == value).all())))
+            if seed % 2 == 0:
+                arena.step()
+            del alive[: chance.choice([0, len(alive)])]
+
+    wrong: list[torch.Tensor] = []
+    threads = [threading.Thread(target=work, args=(2 * seed + number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    stats = arena.stats()
+    assert stats.hits > 0
+    assert stats.misses > 0
+    assert stats.unknown_frees == stats.double_frees == 0
