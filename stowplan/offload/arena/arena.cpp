@@ -1,20 +1,9 @@
 // The arena: who is served from the plan, what happens beside it, and what is counted. See arena.h.
-#include "arena.h"
-
-#include <pthread.h>
-
 #include <algorithm>
-#include <array>
 #include <atomic>
-#include <memory>
-#include <mutex>
-#include <unordered_map>
 #include <utility>
-#include <vector>
 
-#include "follower.h"
-#include "pool.h"
-#include "slab.h"
+#include "core.h"
 
 namespace {
 
@@ -26,94 +15,7 @@ int64_t this_thread() {
   return number;
 }
 
-// Pointers that were freed not long ago: who frees one of them again made a mistake, and it is nobody else's block.
-class RecentlyFreed {
- public:
-  void add(void* pointer) { slot(pointer) = pointer; }
-  void remove(void* pointer) {
-    if (slot(pointer) == pointer) slot(pointer) = nullptr;
-  }
-  bool has(void* pointer) { return slot(pointer) == pointer; }
-
- private:
-  void*& slot(void* pointer) { return slots_[(reinterpret_cast<uintptr_t>(pointer) >> 6) % slots_.size()]; }
-  std::array<void*, 4096> slots_{};
-};
-
 }  // namespace
-
-struct Arena {
- public:
-  Arena(const ArenaRuntime& runtime, int64_t alignment, int64_t least_bytes, bool pooled)
-      : runtime_(runtime), alignment_(alignment), least_bytes_(least_bytes), pooled_(pooled), pool_(runtime_) {}
-  ~Arena() {
-    if (slab_) release(*slab_);
-  }
-
-  void* allocate(size_t bytes, void* stream);
-  int free(void* pointer);
-  void record_stream(void* pointer, void* stream);
-  void step(ArenaStep* ended);
-  bool reserve(int64_t bytes);
-  bool add_plan(ArenaPlan plan);
-  void drop_plan(int64_t key);
-  void serve(bool on);
-  void record(int64_t most_events);
-  int64_t read_log(int steps_ago, ArenaEvent* events, int64_t most);
-  void stats(ArenaStats* stats);
-  void reset_peak();
-  void forget();
-  void trim();
-
-  std::mutex mutex;
-  void detach_child() {  // after fork: plans and logs are about the parent's steps
-    serving_ = false;
-    most_events_ = 0;
-  }
-
- private:
-  struct Beside {  // a block that is not at a planned address
-    int64_t block;
-    int64_t size;
-    void* stream;
-  };
-  struct Shared {  // a block that other streams use, too
-    std::vector<void*> streams;
-    bool freed = false;
-  };
-
-  int64_t aligned(int64_t bytes) const { return (bytes + alignment_ - 1) / alignment_ * alignment_; }
-  bool order(void* waiting, void* working) {
-    ++stats_.stream_waits;
-    return runtime_.order && runtime_.order(runtime_.context, waiting, working) == 0;
-  }
-  void* at_planned_address(const Lane& lane, int64_t size, void* stream);
-  void* beside_plan(std::unique_lock<std::mutex>& lock, const Lane& lane, int64_t size, void* stream);
-  void* from_pool(int64_t size, void* stream);
-  int give_back(void* pointer, void** to_runtime);
-  void give_back_shared(std::vector<void*>* to_runtime);
-  void* stream_of(void* pointer, bool* known);
-  void log(int64_t kind, int64_t block, int64_t size, const Lane& lane);
-  void note_peak();
-  void release(Slab& slab) { runtime_.release_slab(runtime_.context, slab.base(), slab.bytes()); }
-
-  const ArenaRuntime runtime_;
-  const int64_t alignment_, least_bytes_;
-  const bool pooled_;
-  Pool pool_;
-  Follower follower_;
-  std::unique_ptr<Slab> slab_;                  // that plans are about
-  std::vector<std::unique_ptr<Slab>> retired_;  // with blocks still alive
-  std::unordered_map<void*, Beside> beside_;
-  std::unordered_map<void*, Shared> shared_;
-  RecentlyFreed freed_;
-  bool serving_ = false;
-  int64_t num_blocks_ = 0;
-  int64_t most_events_ = 0;
-  std::array<std::vector<ArenaEvent>, 3> logs_;  // this step, the one before, and the one before that
-  ArenaStep step_{};
-  ArenaStats stats_{};
-};
 
 void* Arena::allocate(size_t bytes, void* stream) {
   if (!bytes) return nullptr;
@@ -417,73 +319,3 @@ void Arena::trim() {
   std::lock_guard lock(mutex);
   pool_.trim();
 }
-
-// Note: fork
-//   A child gets the memory as it was and no other thread, so every arena is between two calls while a process forks.
-namespace {
-
-std::mutex all_mutex;
-std::vector<Arena*> all_arenas;
-
-void before_fork() {
-  all_mutex.lock();
-  for (Arena* arena : all_arenas) arena->mutex.lock();
-}
-
-void after_fork() {
-  for (Arena* arena : all_arenas) arena->mutex.unlock();
-  all_mutex.unlock();
-}
-
-void after_fork_in_child() {
-  for (Arena* arena : all_arenas) arena->detach_child();
-  after_fork();
-}
-
-}  // namespace
-
-Arena* arena_create(const ArenaRuntime* runtime, int64_t alignment, int64_t least_bytes, int pooled) {
-  static const int registered = pthread_atfork(before_fork, after_fork, after_fork_in_child);
-  (void)registered;
-  auto* arena = new Arena(*runtime, alignment, least_bytes, pooled != 0);
-  std::lock_guard lock(all_mutex);
-  all_arenas.push_back(arena);
-  return arena;
-}
-
-void arena_destroy(Arena* arena) {
-  {
-    std::lock_guard lock(all_mutex);
-    std::erase(all_arenas, arena);
-  }
-  delete arena;
-}
-
-void* arena_allocate(Arena* arena, size_t bytes, void* stream) { return arena->allocate(bytes, stream); }
-int arena_free(Arena* arena, void* pointer) { return arena->free(pointer); }
-void arena_record_stream(Arena* arena, void* pointer, void* stream) { arena->record_stream(pointer, stream); }
-void arena_step(Arena* arena, ArenaStep* ended) { arena->step(ended); }
-int arena_reserve(Arena* arena, int64_t bytes) { return arena->reserve(bytes) ? 0 : -1; }
-
-int arena_add_plan(Arena* arena, int64_t key, int64_t count, const int64_t* threads, const int64_t* streams,
-                   const int64_t* sizes, const int64_t* offsets) {
-  ArenaPlan plan{key, {}};
-  for (int64_t i = 0; i < count; ++i) {
-    const Lane lane{threads[i], streams[i]};
-    if (!plan.find(lane)) plan.lanes.push_back({lane, {}});
-    for (auto& planned : plan.lanes)
-      if (planned.lane == lane) planned.requests.push_back({sizes[i], offsets[i]});
-  }
-  return arena->add_plan(std::move(plan)) ? 0 : -1;
-}
-
-void arena_drop_plan(Arena* arena, int64_t key) { arena->drop_plan(key); }
-void arena_serve(Arena* arena, int on) { arena->serve(on != 0); }
-void arena_record(Arena* arena, int64_t most_events) { arena->record(most_events); }
-int64_t arena_read_log(Arena* arena, int steps_ago, ArenaEvent* events, int64_t most) {
-  return arena->read_log(steps_ago, events, most);
-}
-void arena_stats(Arena* arena, ArenaStats* stats) { arena->stats(stats); }
-void arena_reset_peak(Arena* arena) { arena->reset_peak(); }
-void arena_forget(Arena* arena) { arena->forget(); }
-void arena_trim(Arena* arena) { arena->trim(); }

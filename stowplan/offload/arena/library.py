@@ -97,7 +97,7 @@ def library(binding: str, on_progress: Callable[[str], None]) -> ctypes.CDLL:
     ]
     path = compiled(
         f"arena_{binding}",
-        [_HERE / "arena.cpp", _HERE / f"{binding}.cpp"],
+        [_HERE / "arena.cpp", _HERE / "interface.cpp", _HERE / f"{binding}.cpp"],
         headers=sorted(_HERE.glob("*.h")),
         flags=flags,
         on_progress=on_progress,

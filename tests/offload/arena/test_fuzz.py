@@ -25,7 +25,7 @@ def built(directory: Path, sources: Path = SOURCES, flags: tuple[str, ...] = ())
     if compiler is None:
         pytest.skip("needs a C++ compiler")
     program = directory / "fuzz"
-    files = [str(sources / "arena.cpp"), str(HERE / "fuzz.cpp")]
+    files = [str(sources / "arena.cpp"), str(sources / "interface.cpp"), str(HERE / "fuzz.cpp")]
     options = ["-std=c++20", "-g", "-O1", "-pthread", *flags, "-I", str(sources)]
     subprocess.run([compiler, *options, *files, "-o", str(program)], check=True, timeout=200)
     return program
@@ -60,7 +60,7 @@ def test_no_use_corrupts_or_crashes(sanitizer: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_without_the_overlap_guard_bytes_are_shared(tmp_path: Path) -> None:
     """The check itself: addresses that are handed out while in use are noticed."""
-    for file in SOURCES.glob("*.h"):
+    for file in (*SOURCES.glob("*.h"), SOURCES / "interface.cpp"):
         shutil.copy(file, tmp_path)
     code = (SOURCES / "arena.cpp").read_text(encoding="utf-8")
     guard = "slab_->in_use(start, end)"
