@@ -51,10 +51,11 @@ class Greedy {
   void run(double share, Keep keep) {
     const double until = watch_.elapsed() + share * watch_.left();
     auto over = [&] { return watch_.over() || watch_.elapsed() >= until; };
-    if (along_skyline(kWidth, keep) || along_skyline(kCrowding, keep) || by_first_fit(0, keep)) return;
+    for (Key key : {kWidth, kCrowding, kArea, kSize})
+      if (along_skyline(key, keep)) return;
+    if (by_first_fit(0, keep)) return;
     for (int k = 1; k < kFirstFitOrders; k++)
       if (over() || by_first_fit(k, keep)) return;
-    if (over() || along_skyline(kArea, keep) || over() || along_skyline(kSize, keep)) return;
     for (int round = 0; !in_.any_fixed && round < kPromotions; round++)
       if (over() || promoted(keep)) return;
   }
