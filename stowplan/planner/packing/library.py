@@ -23,7 +23,7 @@ OnProgress = Callable[[int, int, float], object]
 """Called with the best height and the proved bound, in bytes, and the seconds so far; a true answer ends it."""
 
 _HERE = Path(__file__).parent
-_HEADERS = ("instance.hpp", "greedy.hpp", "improve.hpp", "rules.hpp", "search.hpp")
+_HEADERS = ("instance.hpp", "placing.hpp", "greedy.hpp", "improve.hpp", "rules.hpp", "search.hpp")
 ALL_RULES = 127  # every rule of rules.hpp
 
 
@@ -102,7 +102,7 @@ def run(
         raise MemoryError(f"no memory for packing {len(problem)} buffers")
     if outcome is _Outcome.TOO_LARGE:
         raise InvalidArgument(
-            f"{len(problem)} buffers are too many for the exact search, which takes up to 4000, and 8 million pairs "
+            f"{len(problem)} buffers are too many for the exact search, which takes up to 4000, and 2 million pairs "
             f'that are alive together: use solver="auto".'
         )
     assert outcome is not _Outcome.INVALID, "Problem has checked all that the packer checks"

@@ -1,8 +1,9 @@
 // Offline dynamic storage allocation: offsets for buffers with known lifetimes. A plain C interface, no dependencies.
 //
-//   instance.hpp  buffers, sections, bound, deadline      greedy.hpp   first fit, skyline, orders
-//   search.hpp    exact search, proofs                    rules.hpp    what cuts the search off
+//   instance.hpp  buffers, sections, bound, deadline
+//   placing.hpp   first fit, skyline                       greedy.hpp   by several orders
 //   improve.hpp   local search
+//   rules.hpp     what cuts the exact search off           search.hpp   exact search, proofs
 //
 // No globals: any number of threads may call. Memory: O(n), and lists of neighbours where the exact search takes part.
 #include <new>
@@ -92,7 +93,7 @@ Status solve(const Instance& in, i64 capacity, Solver solver, unsigned rules, Be
   auto keep = [&](const vector<i64>& offset) { return best.keep(offset); };
   const Ranking ranking(in);
   Board board(in);
-  greedy(in, ranking, board, watch, solver == kGreedy ? 1.0 : kGreedyShare, keep);
+  Greedy(in, ranking, board, watch).run(solver == kGreedy ? 1.0 : kGreedyShare, keep);
   if (best.enough() || solver == kGreedy) return kPacked;
   if (capacity != kFree && in.bound > capacity) return kPacked;  // the bound says it all
 

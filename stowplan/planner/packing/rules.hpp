@@ -1,4 +1,5 @@
-// What an unfinished packing says about the rest of it. search.hpp tells what is searched, and why these rules are sound.
+// What an unfinished packing says about the rest of it. search.hpp tells what is searched, and why these rules are
+// sound.
 #pragma once
 
 #include "instance.hpp"
@@ -46,8 +47,11 @@ class Rules {
   vector<i64> left_;          // unplaced bytes in each section
   vector<char> placed_;
 
-  Rules(const Instance& in, unsigned rules)
-      : offset(in.n), in_(in), near_(in.n), rank_(in.n), rules_(rules), in_section_(in.sections()),
+  double until_ = 0;          // seconds
+  bool cut_ = false;          // time ran out: what is false proves nothing
+
+  Rules(const Instance& in, unsigned rules, Watch& watch)
+      : offset(in.n), in_(in), near_(in.n), rank_(in.n), rules_(rules), watch_(watch), in_section_(in.sections()),
         crossing_(in.sections()) {
     vector<int> by_first(in.n), alive;
     std::iota(by_first.begin(), by_first.end(), 0);
@@ -66,8 +70,9 @@ class Rules {
 
   bool has(Rule rule) const { return rules_ & rule; }
   bool is_fixed(int i) const { return in_.fixed[i] != kFree; }
+  bool late() { return cut_ = cut_ || watch_.over() || watch_.elapsed() >= until_; }
 
-  // Nothing is placed; false if that cannot be packed.
+  // Nothing is placed; false if that cannot be packed, or time ran out.
   bool start(i64 capacity) {
     capacity_ = capacity;
     trail_.clear();
@@ -118,6 +123,7 @@ class Rules {
   struct Change { int buffer; bool of_release; i64 before; };
 
   const unsigned rules_;
+  Watch& watch_;
   vector<vector<int>> in_section_;  // buffers by release, the placed ones first
   vector<int> crossing_;            // unplaced buffers alive in section s and in s + 1
   vector<int> open_;                // unplaced buffers in each section
@@ -213,7 +219,7 @@ class Rules {
       clean();
       if (!has(kNotFirst)) return true;
       for (int s : again)
-        if (!not_first(s, floor)) return false;
+        if (late() || !not_first(s, floor)) return false;
     }
     return true;
   }

@@ -20,7 +20,7 @@ class Search : private Rules {
   using Rules::offset;
 
   static constexpr int kMostBuffers = 4000;           // the recursion is as deep
-  static constexpr i64 kMostEntries = i64(1) << 24;   // of the lists of neighbours and of sections
+  static constexpr i64 kMostEntries = i64(1) << 22;   // of the lists of neighbours and of sections
 
   // Whether the problem is small enough for the lists and the stack.
   static bool takes(const Instance& in) {
@@ -30,7 +30,7 @@ class Search : private Rules {
   }
 
   Search(const Instance& in, unsigned rules, Watch& watch)
-      : Rules(in, rules), watch_(watch), total_(in.n), blur_(2 * size_t(in.n), 1.0) {}
+      : Rules(in, rules, watch), watch_(watch), total_(in.n), blur_(2 * size_t(in.n), 1.0) {}
 
   // How far the search at one capacity has come.
   struct Effort {
@@ -67,8 +67,6 @@ class Search : private Rules {
   vector<double> blur_;  // of totals, of widths
   const Key* keys_ = nullptr;
   i64 limit_ = 0, nodes_ = 0;
-  double until_ = 0;
-  bool cut_ = false;
   Random random_{1};
 
   void choose_ranking(int turn) {
@@ -83,7 +81,7 @@ class Search : private Rules {
     until_ = until;
     nodes_ = 0;
     cut_ = false;
-    if (!start(capacity)) return Outcome::impossible;
+    if (!start(capacity)) return cut_ ? Outcome::unknown : Outcome::impossible;
     vector<int> all(in_.n);
     std::iota(all.begin(), all.end(), 0);
     if (split(all, 0, -1, true)) return Outcome::packed;
@@ -157,7 +155,7 @@ class Search : private Rules {
   // floor only such as rank above `after`.
   bool place(const vector<int>& members, int from, int to, i64 floor, int after, int left) {
     if (!left) return true;
-    if (++nodes_ > limit_ || ((nodes_ & 7) == 0 && (watch_.over() || watch_.elapsed() >= until_))) {
+    if (++nodes_ > limit_ || late()) {
       cut_ = true;
       return false;
     }

@@ -97,6 +97,14 @@ def test_local_search_betters_the_orders():
     assert auto.height_bytes < greedy.height_bytes or auto.gap == 0
 
 
+def test_layers_are_packed_at_their_bound():
+    begins = np.arange(40)  # each layer: one buffer until its backward, one only in forward, one only in backward
+    lower = np.concatenate([10 * begins, 10 * begins, 10 * (79 - begins)])
+    upper = np.concatenate([10 * (80 - begins), 10 * begins + 5, 10 * (79 - begins) + 5])
+    problem = Problem(lower, upper, np.repeat([300, 500, 700], 40))
+    assert pack(problem, solver="greedy").gap == 0
+
+
 def test_progress_is_told_and_may_stop():
     told = []
     problem = dsa("D")  # the least height above its bound is not known
