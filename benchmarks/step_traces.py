@@ -76,7 +76,7 @@ def _t5(num_blocks: int) -> tuple[torch.nn.Module, dict[str, Any]]:
     config = transformers.T5Config(
         d_model=HIDDEN,
         d_ff=4 * HIDDEN,
-        num_layers=num_blocks // 2,
+        num_layers=max(2, num_blocks // 2),  # of each side; one layer is no stack
         num_heads=HEADS,
         vocab_size=VOCABULARY,
         decoder_start_token_id=0,
