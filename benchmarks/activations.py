@@ -30,6 +30,7 @@ from stowplan.core.program import Action
 from stowplan.core.units import format_bytes
 from stowplan.demo import make_optimizer
 from stowplan.offload.memory_log import synchronize
+from stowplan.planner.activations import Problem, simulate
 
 __all__ = ["Setting", "show", "take_turns"]
 
@@ -155,7 +156,8 @@ def all_recomputed(plan: Plan) -> Plan:
         tuple(Action.RECOMPUTE if Action.RECOMPUTE in p.values[i].actions else Action.KEEP for i in p.saved)
         for p in programs
     )
-    return replace(plan, decisions=decisions, declined=False)
+    problem = Problem(plan.step, plan.hardware, plan.budget_bytes, plan.host_budget_bytes)
+    return replace(plan, decisions=decisions, declined=False, prediction=simulate(problem, decisions))
 
 
 def budget_at(plan: Plan, percent: int) -> int:

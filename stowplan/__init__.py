@@ -13,11 +13,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from stowplan import arena
     from stowplan.core.errors import (
+        ArenaUnavailable,
         BudgetExceeded,
+        CompilationFailed,
         InfeasibleBudget,
+        InfeasibleCapacity,
         InvalidArgument,
         InvalidPlanFile,
+        InvalidProblemFile,
         InvalidSize,
         MissingDependency,
         NoGradients,
@@ -33,6 +38,7 @@ if TYPE_CHECKING:
     from stowplan.core.plan import Measurement, Plan, Prediction
     from stowplan.core.program import Action
     from stowplan.session import (
+        allocations,
         allow_replay,
         applied,
         apply,
@@ -49,11 +55,15 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Action",
+    "ArenaUnavailable",
     "BudgetExceeded",
+    "CompilationFailed",
     "Hardware",
     "InfeasibleBudget",
+    "InfeasibleCapacity",
     "InvalidArgument",
     "InvalidPlanFile",
+    "InvalidProblemFile",
     "InvalidSize",
     "Measurement",
     "MissingDependency",
@@ -68,9 +78,11 @@ __all__ = [
     "StowplanError",
     "UnsupportedModel",
     "__version__",
+    "allocations",
     "allow_replay",
     "applied",
     "apply",
+    "arena",
     "dry",
     "linear_cross_entropy",
     "measure",
@@ -85,6 +97,7 @@ _HOMES = {
     "stowplan.core.plan": ("Measurement", "Plan", "Prediction"),
     "stowplan.core.program": ("Action",),
     "stowplan.session": (
+        "allocations",
         "allow_replay",
         "applied",
         "apply",
@@ -97,6 +110,7 @@ _HOMES = {
         "wrap",
     ),
 }
+_MODULES = {"arena"}
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 
@@ -104,6 +118,8 @@ def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     # What has no home of its own is an error.
+    if name in _MODULES:
+        return import_module(f"stowplan.{name}")
     found: object = getattr(import_module(_HOME_OF.get(name, "stowplan.core.errors")), name)
     globals()[name] = found
     return found

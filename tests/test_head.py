@@ -18,8 +18,8 @@ from torch import nn
 import stowplan
 from stowplan.core.head import Head
 from stowplan.offload.capture.outline import Outline
-from stowplan.offload.head import _Sums
-from stowplan.offload.head_chunked import FoundHead, NotReplaceable, try_head
+from stowplan.offload.head.chunked import FoundHead, NotReplaceable, try_head
+from stowplan.offload.head.loss import _Sums
 from tests.plans import example_plan
 
 CLASSES, TOKENS = 2048, 128
@@ -421,7 +421,7 @@ def test_why_it_stays_is_told_where_nothing_fits() -> None:
 
 
 def test_a_head_that_is_off_by_too_much_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stowplan.offload.head_chunked.TOLERANCES", {torch.float32: 1e-12})
+    monkeypatch.setattr("stowplan.offload.head.chunked.TOLERANCES", {torch.float32: 1e-12})
     made = plan(llama(), chunked_head=True)
     assert made.head is None
     assert any("off (relative), and 1e-12 is allowed for torch.float32" in said for said in made.assumptions)
@@ -491,7 +491,7 @@ def test_no_memory_to_compare_is_no_end_of_planning(
         return measure(*args)
 
     if while_comparing:
-        monkeypatch.setattr("stowplan.offload.head_chunked._gradients", fails)
+        monkeypatch.setattr("stowplan.offload.head.chunked._gradients", fails)
     else:
         monkeypatch.setattr(Outline, "measure", fails)
     assert plan(llama(), budget=squeezed_bytes).head is None

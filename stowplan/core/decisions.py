@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from stowplan.core.allocations import check_block_allocations, check_outside_allocations
 from stowplan.core.program import Action, Decisions, Split, StepProgram, Value
 from stowplan.core.records import RecordError
 
@@ -27,6 +28,7 @@ def check_indices(step: StepProgram) -> None:
                 f"$.step.gaps[{number}].block: {gap.block} is not between {before + 1} and {step.num_blocks - 1}"
             )
         before = gap.block
+    _check_allocations(step)
     for number, program in enumerate(step.programs):
         path = f"$.step.programs[{number}]"
         for i, value in enumerate(program.values):
@@ -40,6 +42,18 @@ def check_indices(step: StepProgram) -> None:
         names = [program.values[i].name for i in program.saved]
         if len(set(names)) != len(names):
             raise RecordError(f"{path}.values: two saved values have the same name")
+
+
+def _check_allocations(step: StepProgram) -> None:
+    """Either everything is there of the step's requests, or nothing."""
+    if step.outside is not None:
+        check_outside_allocations(step.outside, step.num_blocks, "$.step.outside")
+    for number, program in enumerate(step.programs):
+        path = f"$.step.programs[{number}].allocations"
+        if (program.allocations is None) != (step.outside is None):
+            raise RecordError(f"{path}: goes with $.step.outside, and only with that")
+        if program.allocations is not None:
+            check_block_allocations(program.allocations, len(program.saved), len(program.values), path)
 
 
 def _check_index(index: int, length: int, path: str) -> None:

@@ -9,7 +9,9 @@ StowplanError
 ├── BudgetExceeded                          a step took more than its plan promised; only with strict=True
 ├── PlanMismatch                            a plan meets a model or a batch it was not made for
 ├── InvalidPlanFile                         a plan file that cannot be read
+├── InvalidProblemFile                      a packing problem's CSV file that cannot be read
 ├── MissingDependency (also an ImportError) an optional package is needed; names the extra
+├── ArenaUnavailable                     the arena cannot be torch's allocator here, or now; says why
 ├── CompilationFailed                    a library of ours cannot be compiled here; says why
 ├── SolverFailed                            the MIP solver gave no usable answer
 ├── NoLogits (also a RuntimeError)          a chunked head makes no logits, and code asks for them
@@ -23,12 +25,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 __all__ = [
+    "ArenaUnavailable",
     "BudgetExceeded",
     "CompilationFailed",
     "InfeasibleBudget",
     "InfeasibleCapacity",
     "InvalidArgument",
     "InvalidPlanFile",
+    "InvalidProblemFile",
     "InvalidSize",
     "MissingDependency",
     "NoGradients",
@@ -168,8 +172,16 @@ class InvalidPlanFile(StowplanError):
     """A plan file is damaged, of another version, or not a plan at all."""
 
 
+class InvalidProblemFile(StowplanError):
+    """A packing problem's CSV file is no such table, or one of its cells cannot be; names line and column."""
+
+
 class MissingDependency(StowplanError, ImportError):
     """An optional package is needed for this call; the message names the extra to install."""
+
+
+class ArenaUnavailable(StowplanError):
+    """The arena cannot become, or is not, torch's allocator; the message says what to do."""
 
 
 class CompilationFailed(StowplanError):

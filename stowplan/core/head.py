@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from stowplan.core.allocations import OutsideAllocations, check_outside_allocations
 from stowplan.core.program import Gap, Phase, StepProgram
 from stowplan.core.records import RecordError
 
@@ -24,6 +25,7 @@ class HeadWay:
     embedding_backward: Phase
     optimizer_step: Phase
     gaps: tuple[Gap, ...] = ()
+    outside: OutsideAllocations | None = None
 
     @staticmethod
     def of(step: StepProgram, chunk_rows: int) -> HeadWay:
@@ -35,6 +37,7 @@ class HeadWay:
             embedding_backward=step.embedding_backward,
             optimizer_step=step.optimizer_step,
             gaps=step.gaps,
+            outside=step.outside,
         )
 
     def within(self, step: StepProgram) -> StepProgram:
@@ -46,6 +49,7 @@ class HeadWay:
             embedding_backward=self.embedding_backward,
             optimizer_step=self.optimizer_step,
             gaps=self.gaps,
+            outside=self.outside,
         )
 
 
@@ -87,6 +91,8 @@ def check_head(head: Head, step: StepProgram) -> None:
     if head.chunk_rows not in rows or (head.chunk_rows and not head.allowed):
         raise RecordError(f"$.head.chunk_rows: {head.chunk_rows} is none of the ways that are allowed")
     for number, way in enumerate(head.ways):
+        if way.outside is not None:
+            check_outside_allocations(way.outside, step.num_blocks, f"$.head.ways[{number}].outside")
         before = 0
         for gap in way.gaps:
             if not before < gap.block < step.num_blocks:

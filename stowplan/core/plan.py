@@ -28,6 +28,7 @@ __all__ = [
     "Prediction",
     "Solution",
     "tolerance_fault",
+    "with_fragmentation",
 ]
 
 FORMAT_VERSION = 1
@@ -121,6 +122,9 @@ class Plan:
         assumptions: what the figures rest on, in words.
         measurement: real steps, where there are any.
         head: the model's head, if it is done in chunks of rows, or could be and that was looked at.
+        arena_bytes: the highest address of the step, static bytes below it; None: no addresses were planned.
+        fragmentation: without planned addresses, what the allocator is allowed to lose between buffers, as a share of
+            the peak's bytes that do not live all step.
     """
 
     model: str
@@ -142,6 +146,17 @@ class Plan:
     versions: tuple[tuple[str, str], ...] = ()
     measurement: Measurement | None = None
     head: Head | None = None
+    arena_bytes: int | None = None
+    fragmentation: float = 0.0
+
+    @property
+    def needed_bytes(self) -> int:
+        """What the step takes of the device: up to its highest address, or with the allowance for fragmentation."""
+        return self.arena_bytes if self.arena_bytes is not None else self.needed_by(self.prediction)
+
+    def needed_by(self, prediction: Prediction) -> int:
+        """What a step would take that has no planned addresses: live bytes and the allowance for fragmentation."""
+        return with_fragmentation(prediction.peak_bytes, self.step.static_bytes, self.fragmentation)
 
     def actions_of(self, block: int) -> dict[str, Decision]:
         """What each saved value of block number ``block`` does, by the value's name."""
@@ -202,6 +217,11 @@ class Plan:
             raise InvalidPlanFile(f"{source}: {error}. {_ANEW}") from None
 
 
+def with_fragmentation(peak_bytes: int, static_bytes: int, fragmentation: float) -> int:
+    """A peak of live bytes with what fragmentation may add to those above ``static_bytes``."""
+    return peak_bytes + math.ceil(max(0, peak_bytes - static_bytes) * fragmentation)
+
+
 def tolerance_fault(exact: bool, tolerance: float | None) -> str:
     """What is wrong with a plan's ``tolerance``; empty if nothing is."""
     if tolerance is None:
@@ -227,6 +247,8 @@ def _check_ranges(plan: Plan) -> None:
         ("host_budget_bytes", plan.host_budget_bytes),
         ("prediction.host_bytes", plan.prediction.host_bytes),
         ("least_budget_bytes", plan.least_budget_bytes),
+        ("arena_bytes", plan.arena_bytes or 0),
+        ("fragmentation", plan.fragmentation),
     ):
         if number < 0:
             raise RecordError(f"$.{name}: {number} is less than 0")

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
 
+from stowplan.core.allocations import BlockAllocations, OutsideAllocations
+
 __all__ = [
     "Action",
     "BlockDecisions",
@@ -151,6 +153,7 @@ class BlockProgram:
     gradient_bytes: int = 0  # parameter gradients that stay after its backward
     held_bytes: int = 0  # saved bytes that no action can move (what autograd functions hide)
     lingering_bytes: int = 0  # unsaved bytes that stay until the forward pass ends
+    allocations: BlockAllocations | None = None  # its requests one by one, where they were asked for
 
     @cached_property
     def saved(self) -> tuple[int, ...]:
@@ -224,6 +227,7 @@ class StepProgram:
     embedding_backward: Phase
     optimizer_step: Phase
     gaps: tuple[Gap, ...] = ()  # in order of ``block``
+    outside: OutsideAllocations | None = None  # requests around the blocks, where the programs have theirs
 
     @property
     def static_bytes(self) -> int:

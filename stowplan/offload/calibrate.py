@@ -12,6 +12,7 @@ import torch
 from stowplan.core.errors import InvalidArgument, MissingDependency
 from stowplan.core.hardware import Hardware
 from stowplan.core.units import GIB, MIB
+from stowplan.offload import cuda_memory
 from stowplan.offload.host_slab import HostSlab
 from stowplan.offload.memory_log import synchronize
 from stowplan.offload.storages import content_of
@@ -72,7 +73,7 @@ def device_budget_bytes(device: torch.device) -> int:
     Raises MissingDependency if NVML's Python package is missing, InvalidArgument if nothing is left.
     """
     if device.type == "cuda":
-        usable = _nvml_free_bytes(device) + torch.cuda.memory_reserved(device)
+        usable = _nvml_free_bytes(device) + cuda_memory.reserved_bytes(device)
     else:
         usable = _available_host_bytes() + psutil.Process().memory_info().rss
     budget = usable - RESERVE_BYTES

@@ -16,17 +16,58 @@ import torch
 from stowplan.core.units import format_bytes
 from stowplan.offload import numa
 
-__all__ = ["HostSlab", "Span"]
+__all__ = ["HostSlab", "Layout", "Span", "Taken"]
 
 _ALIGNMENT = 64
 
 
 class Span(NamedTuple):
-    """``size_bytes`` host bytes: in the slab from ``start``, or (``overflow``) a buffer of their own beside it."""
+    """``size_bytes`` host bytes from ``address``: in the slab from ``start``, or (``overflow``) a buffer of their own
+    beside it.
+    """
 
     start: int
     size_bytes: int
+    address: int
     overflow: torch.Tensor | None = None
+
+
+class Layout:
+    """Sizes in bytes that are taken together: each at a multiple of 64, side by side where there is room.
+
+    It may be taken any number of times; who does so again and again makes it once.
+    """
+
+    __slots__ = ("_latest", "needs", "sizes", "total_bytes")
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self.sizes = tuple(sizes)
+        self.needs = tuple(map(_aligned, sizes))
+        self.total_bytes = sum(self.needs)
+        self._latest: tuple[int, tuple[Span, ...]] = (-1, ())
+
+    def spans_from(self, start: int, address: int) -> tuple[Span, ...]:
+        """A span for each size, side by side."""
+        latest = self._latest
+        if latest[0] != address:  # a training step takes the same place as the one before
+            before = [0, *itertools.accumulate(self.needs[:-1])]
+            spans = tuple(Span(start + n, size, address + n) for n, size in zip(before, self.sizes, strict=False))
+            latest = self._latest = address, spans
+        return latest[1]
+
+
+class Taken(NamedTuple):
+    """A span for each size of a layout, and what is to be given back in their place: one span, or as many."""
+
+    spans: Sequence[Span]
+    held: Sequence[Span]
+
+
+class _Hole(NamedTuple):
+    """Free bytes of the slab."""
+
+    start: int
+    size_bytes: int
 
 
 class HostSlab:
@@ -44,7 +85,7 @@ class HostSlab:
         self._device = device
         self._bytes = _host_bytes(self.size_bytes, device)
         self._address = self._bytes.data_ptr()
-        self._holes = [Span(0, self.size_bytes)]
+        self._holes = [_Hole(0, self.size_bytes)]
         # What was given back and is not joined to the holes yet. A value may be given back while the garbage collector
         # runs in the middle of ``take``, or by a thread of autograd: appending is all that ``give_back`` does.
         self._returned: deque[Span] = deque()
@@ -58,35 +99,42 @@ class HostSlab:
 
     def take(self, size_bytes: int) -> Span:
         """Reserve ``size_bytes``."""
-        return self.take_all([size_bytes])[0]
+        return self.take_all(Layout((size_bytes,))).spans[0]
 
-    def take_all(self, sizes: Sequence[int]) -> list[Span]:
-        """Reserve a span for each of ``sizes`` in bytes, at multiples of 64, side by side if there is room."""
-        needs = [_aligned(size) for size in sizes]
+    def take_all(self, layout: Layout) -> Taken:
+        """Reserve a span for each of the layout's sizes: in one piece, or wherever each fits."""
+        if not layout.total_bytes:
+            return Taken(layout.spans_from(0, self._address), ())
         with self._at_work:
             self._join_returned()
-            starts = self._carve(needs)
+            start = self._carve(layout.total_bytes)
+            if start >= 0:
+                address = self._address + start
+                return Taken(layout.spans_from(start, address), (Span(start, layout.total_bytes, address),))
+            starts = [self._carve(need) for need in layout.needs]
         spans = [
-            Span(start, size) if start >= 0 else Span(-1, size, _host_bytes(need, self._device))
-            for start, size, need in zip(starts, sizes, needs, strict=True)
+            Span(start, size, self._address + start) if start >= 0 else self._beside(size)
+            for start, size in zip(starts, layout.sizes, strict=True)
         ]
-        beside = sum(need for start, need in zip(starts, needs, strict=True) if start < 0)
+        beside = sum(need for start, need in zip(starts, layout.needs, strict=True) if start < 0)
         if beside:
             self._tell_of_overflow(beside)
-        return spans
+        return Taken(spans, spans)
 
-    def _carve(self, needs: list[int]) -> list[int]:
-        """Where each fits, -1 for what does not."""
-        total = sum(needs)
-        if not total:
-            return [0] * len(needs)
-        hole = self._first_hole(total)
+    def _beside(self, size_bytes: int) -> Span:
+        overflow = _host_bytes(_aligned(size_bytes), self._device)
+        return Span(-1, size_bytes, overflow.data_ptr(), overflow)
+
+    def _carve(self, need: int) -> int:
+        """Where so many bytes fit, -1 if nowhere."""
+        if not need:
+            return 0
+        hole = self._first_hole(need)
         if hole is None:
-            return [self._carve([need])[0] for need in needs] if len(needs) > 1 else [-1]
-        start = self._holes[hole].start
-        rest = Span(start + total, self._holes[hole].size_bytes - total)
-        self._holes[hole : hole + 1] = [rest] if rest.size_bytes else []
-        return [start + before for before in itertools.accumulate(needs[:-1], initial=0)]
+            return -1
+        start, size = self._holes[hole]
+        self._holes[hole : hole + 1] = [_Hole(start + need, size - need)] if size > need else []
+        return start
 
     def _first_hole(self, size_bytes: int) -> int | None:
         return next((i for i, hole in enumerate(self._holes) if hole.size_bytes >= size_bytes), None)
@@ -108,10 +156,6 @@ class HostSlab:
             return span.overflow[: span.size_bytes]
         return self._bytes[span.start : span.start + span.size_bytes]
 
-    def address(self, span: Span) -> int:
-        """Where the span's bytes begin."""
-        return self._address + span.start if span.overflow is None else span.overflow.data_ptr()
-
     def give_back(self, span: Span) -> None:
         """Free a span that ``take`` gave."""
         if span.overflow is None and span.size_bytes:
@@ -123,13 +167,13 @@ class HostSlab:
         holes = self._holes
         while self._returned:
             span = self._returned.popleft()
-            holes.append(Span(span.start, _aligned(span.size_bytes)))
+            holes.append(_Hole(span.start, _aligned(span.size_bytes)))
         holes.sort()
         joined = [holes[0]]
         for hole in holes[1:]:
             last = joined[-1]
             if last.start + last.size_bytes == hole.start:
-                joined[-1] = Span(last.start, last.size_bytes + hole.size_bytes)
+                joined[-1] = _Hole(last.start, last.size_bytes + hole.size_bytes)
             else:
                 joined.append(hole)
         self._holes = joined

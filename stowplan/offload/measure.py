@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_iter
 
 from stowplan.core.errors import InvalidArgument
 from stowplan.core.plan import Measurement
+from stowplan.offload import cuda_memory
 from stowplan.offload.memory_log import memory_log, synchronize
 from stowplan.offload.storages import storage_bytes
 from stowplan.offload.tape.run import Counters
@@ -115,7 +116,7 @@ class Meter:
         optimizers = _optimizers_of(self._own)
         self._has_optimizer = bool(optimizers)
         if self._device.type != "cpu":
-            return torch.cuda.memory_allocated(self._device)
+            return cuda_memory.allocated_bytes(self._device)
         tensors: list[Any] = [*self.model.parameters(), *self.model.buffers()]
         tensors += [p.grad for p in self.model.parameters() if p.grad is not None]
         tensors += [leaf for optimizer in optimizers for leaf in tree_iter(list(optimizer.state.values()))]

@@ -10,6 +10,8 @@ from typing import Protocol
 
 import torch
 
+from stowplan.offload import cuda_memory
+
 __all__ = ["CudaObserver", "MemoryObserver", "Unobserved", "is_allocation_failure", "memory_observer"]
 
 # How torch's allocators begin where they do not raise torch.OutOfMemoryError.
@@ -53,13 +55,13 @@ class CudaObserver:
         self.device = device
 
     def peak_bytes(self) -> int | None:
-        return torch.cuda.max_memory_allocated(self.device)
+        return cuda_memory.peak_bytes(self.device)
 
     def forget(self) -> None:
-        torch.cuda.reset_peak_memory_stats(self.device)
+        cuda_memory.reset_peak(self.device)
 
     def num_failures(self) -> int:
-        return int(torch.cuda.memory_stats(self.device).get("num_ooms", 0))
+        return cuda_memory.num_failures(self.device)
 
 
 def memory_observer(device: torch.device) -> MemoryObserver:

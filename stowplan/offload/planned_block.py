@@ -112,12 +112,12 @@ class PlannedBlock:
             self.checks.settle()
             leaves = flatten(args, kwargs)
             key = (number, *signature(leaves, kwargs, self.numbers.state()))
-            if key not in self.courses:
-                return self._record(key, stop, forward, args, kwargs)
-            course = self.courses[key]
-            if course is None:
+            course = self.courses.get(key)
+            if course is not None:
+                return self._follow(key, stop, course, leaves, forward, args, kwargs)
+            if key in self.courses:
                 return self._pass_by(stop, forward(*args, **kwargs))
-            return self._follow(key, stop, course, leaves, forward, args, kwargs)
+            return self._record(key, stop, forward, args, kwargs)
         finally:
             self.at_work.release()
 
@@ -179,8 +179,17 @@ class PlannedBlock:
             self.module, forward, args, kwargs, self.copies, self.counters, self.checks, self.name, stop=stop
         )
         self.counters.recorded_calls += 1
+        recording.run.failure_note = self.failure_note
+        try:
+            self._take_up(key, recording)
+        except BaseException:
+            recording.run.drop_all()
+            raise
+        return recording.output
+
+    def _take_up(self, key: Signature, recording: Recording) -> None:
+        """Have what the recorded call holds done as planned, and the calls after it follow if two recordings agree."""
         tape, run = recording.recorder.finish(), recording.run
-        run.failure_note = self.failure_note
         with _disable_current_modes():  # a block around this one may be recording, too
             before = self.tapes.get(key)
             agrees = before is not None and before.does_the_same(tape)
@@ -193,7 +202,7 @@ class PlannedBlock:
                 self.courses[key] = None
                 run.keep_all()
                 warnings.warn(f"{self.name} keeps everything it saves: {reason}.", RuntimeWarning, stacklevel=2)
-                return recording.output
+                return
             course = self._course(tape, key, recording, new=not agrees)
             run.follow(course, recording.leaves, self._parameter_of, recording.position)
             run.adopt()
@@ -201,7 +210,6 @@ class PlannedBlock:
         if agrees:
             self.courses[key] = course
         self.tapes[key] = tape
-        return recording.output
 
     def _reason_to_keep(self, key: Signature, tape: Tape) -> str:
         """Why this block is to be left alone; empty if it is not."""

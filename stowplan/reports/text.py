@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from stowplan.core.allocations import Addresses
 from stowplan.core.errors import InvalidArgument
 from stowplan.core.hardware import Hardware
 from stowplan.core.plan import Baseline, Measurement, Plan, Prediction
 from stowplan.core.units import format_bytes
+from stowplan.reports.address_chart import HOLE, KIND_LETTERS, address_chart
 from stowplan.reports.charts import ACTION_LETTERS, decision_grid, memory_chart, peak_bar
 from stowplan.reports.figures import TOLERANCE, Comparison, bytes_by_action, compare, peak_moment
 from stowplan.reports.lines import Unit, bytes_unit, cut, heading, seconds_unit, wrap
@@ -38,7 +40,7 @@ class _Page:
 
     @property
     def spare_bytes(self) -> int:
-        return self.plan.budget_bytes - self.plan.prediction.peak_bytes
+        return self.plan.budget_bytes - self.plan.needed_bytes
 
     @property
     def spare_host_bytes(self) -> int:
@@ -49,8 +51,11 @@ class _Page:
         return min(self.spare_bytes, self.spare_host_bytes) >= 0
 
 
-def render(plan: Plan, width: int = 100) -> str:
-    """The text report of ``plan``, lines of at most ``width`` characters. Raises InvalidArgument below 80."""
+def render(plan: Plan, width: int = 100, addresses: Addresses | None = None) -> str:
+    """The text report of ``plan``, lines of at most ``width`` characters, with a map of ``addresses`` if there are any.
+
+    Raises InvalidArgument below 80.
+    """
     if width < LEAST_WIDTH:
         raise InvalidArgument(f"width={width} is too narrow for the tables; allowed: {LEAST_WIDTH} or more.")
     policies = (plan.prediction, plan.unplanned, *(baseline.prediction for baseline in plan.baselines))
@@ -67,6 +72,7 @@ def render(plan: Plan, width: int = 100) -> str:
         *_predicted_and_measured(page),
         *_gains(page),
         *_memory(page),
+        *_addresses(page, addresses),
         *_decisions(page),
         *_provenance(page),
     ]
@@ -86,7 +92,7 @@ def _verdict(page: _Page) -> list[str]:
 def _verdict_sentence(page: _Page) -> str:
     plan, size = page.plan, page.bytes
     step = f"A step takes {page.seconds.text(plan.prediction.step_seconds)}."
-    needs = size.text(plan.prediction.peak_bytes)
+    needs = size.text(plan.needed_bytes)
     budget = size.text(plan.budget_bytes)
     if page.spare_bytes < 0:
         return f"DOES NOT FIT: needs {needs}, {size.text(-page.spare_bytes)} over the budget of {budget}. {step}"
@@ -125,7 +131,7 @@ def _price_sentence(page: _Page) -> str:
     plan, size, seconds = page.plan, page.bytes, page.seconds
     if plan.declined:
         return ""
-    over = plan.unplanned.peak_bytes - plan.budget_bytes
+    over = plan.needed_by(plan.unplanned) - plan.budget_bytes
     verdict = f"{size.text(over)} over the budget" if over > 0 else "which fits, too"
     delay = seconds.difference(plan.prediction.step_seconds - plan.unplanned.step_seconds)
     price = "no slower" if delay == "same" else f"{delay} {seconds.name} a step"
@@ -142,7 +148,13 @@ def _peak_sentence(page: _Page) -> str:
     moment = peak_moment(page.plan)
     when = "" if moment is None else f" {page.seconds.text(moment.seconds)} into the step,"
     prediction = page.plan.prediction
-    return f"Peak{when} in {cut(prediction.peak_moment, 200)}: {page.bytes.text(prediction.peak_bytes)}."
+    plan, more = page.plan, page.plan.needed_bytes - prediction.peak_bytes
+    beside = ""
+    if plan.arena_bytes is not None:
+        beside = f" live; addresses end at {page.bytes.text(plan.arena_bytes)}"
+    elif more:
+        beside = f" live; {page.bytes.text(more)} for fragmentation ({plan.fragmentation:.0%} of what moves) on top"
+    return f"Peak{when} in {cut(prediction.peak_moment, 200)}: {page.bytes.text(prediction.peak_bytes)}{beside}."
 
 
 def _measured_sentence(page: _Page, measurement: Measurement) -> str:
@@ -219,7 +231,7 @@ def _gains(page: _Page) -> list[str]:
     others = [
         Baseline(
             name="Without a plan: all kept",
-            fits=plan.unplanned.peak_bytes <= plan.budget_bytes,
+            fits=plan.needed_by(plan.unplanned) <= plan.budget_bytes,
             prediction=plan.unplanned,
         ),
         *(baseline for baseline in plan.baselines if baseline.prediction != plan.unplanned),
@@ -266,6 +278,20 @@ def _memory(page: _Page) -> list[str]:
         f"{page.bytes.name}, times in {page.seconds.name}; --- is the budget; letters as in the peak."
     )
     return [*heading("MEMORY THROUGH ONE STEP", "trace", page.width), *chart, *wrap(note, page.width)]
+
+
+def _addresses(page: _Page, addresses: Addresses | None) -> list[str]:
+    if addresses is None:
+        return []
+    chart = address_chart(addresses, page.bytes, page.width)
+    letters = ", ".join(f"{letter} {kind}" for kind, letter in KIND_LETTERS.items())
+    above = addresses.height_bytes / addresses.bound_bytes - 1 if addresses.bound_bytes else 0.0
+    note = (
+        f"{len(addresses.trace.allocations)} buffers above the {page.bytes.text(page.plan.step.static_bytes)} that "
+        f"live all step, in {page.bytes.name}; events from left to right. {letters}, {HOLE} a hole. They end "
+        f"{above:.2%} above the most bytes that are alive together."
+    )
+    return [*heading("ADDRESSES", "trace", page.width), *chart, *wrap(note, page.width)]
 
 
 def _decisions(page: _Page) -> list[str]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import torch
 
+from stowplan.core.allocations import AllocationTrace
 from stowplan.core.plan import Plan
-from stowplan.offload.head import linear_cross_entropy
+from stowplan.offload.head.loss import linear_cross_entropy
 from stowplan.offload.measure import Meter
 from stowplan.offload.parallel import inner_model
 from stowplan.offload.tape.rules import allow_replay
 from stowplan.offload.tape.run import Counters
+from stowplan.planner.addresses import addresses_of, requests
 from stowplan.reports import text
 from stowplan.session.applying import AppliedPlan, applied, apply
 from stowplan.session.dry import dry
@@ -21,6 +23,7 @@ __all__ = [
     "FORWARD_NOTE",
     "AppliedPlan",
     "Meter",
+    "allocations",
     "allow_replay",
     "applied",
     "apply",
@@ -46,5 +49,17 @@ def measure(model: torch.nn.Module) -> Meter:
 
 
 def report(plan: Plan) -> str:
-    """The plan as text, 100 columns: what fits, what it gains, where memory goes, what every block does."""
-    return text.render(plan)
+    """The plan as text, 100 columns: what fits, what it gains, where memory goes, what every block does.
+
+    With ``plan(..., allocations=True)`` a map of addresses, too.
+    """
+    return text.render(plan, addresses=addresses_of(plan))
+
+
+def allocations(plan: Plan, *, planned: bool = True) -> AllocationTrace:
+    """The buffers of one step of ``plan``: sizes, lifetimes, and what they are for (docs/allocations.md).
+
+    ``planned=False``: with everything kept. What lives all step is not among them. Raises InvalidArgument for a plan
+    that was made without ``allocations=True``.
+    """
+    return requests(plan.step, plan.hardware, plan.decisions if planned else None)

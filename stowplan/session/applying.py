@@ -16,7 +16,7 @@ from stowplan.offload.blocks import Block
 from stowplan.offload.copies import CopyEngine, OverlappedCopies, PlainCopies
 from stowplan.offload.copies.lanes import lanes_for
 from stowplan.offload.engine import Engine
-from stowplan.offload.head_chunked import ChunkedHead, head_named
+from stowplan.offload.head.chunked import ChunkedHead, head_named
 from stowplan.offload.host_slab import HostSlab
 from stowplan.offload.intercept import Forward, Interception
 from stowplan.offload.observer import memory_observer

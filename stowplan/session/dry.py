@@ -90,7 +90,7 @@ def plan_dry(
         options.on_progress("measuring the machine")
         machine = measure_hardware(device)
         costs: Costs = Probes(device, machine)
-        run = DryRun(model, batch, device, costs, real_device=device)
+        run = DryRun(model, batch, device, costs, real_device=device, allocations=options.allocations)
         budgets = budgets_here(options, device)
     else:
         device = torch.device(machine.device_type)
@@ -98,7 +98,7 @@ def plan_dry(
         costs = Datasheet(machine, workspace_bytes) if target is not None else Datasheet(machine)
         if target is not None:
             costs.guesses |= dict.fromkeys(assumptions(target))
-        run = DryRun(model, batch, device, costs, target=target)
+        run = DryRun(model, batch, device, costs, target=target, allocations=options.allocations)
         budgets = _budgets_there(options, machine)
     try:
         with run:

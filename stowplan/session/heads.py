@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from stowplan.core.errors import InfeasibleBudget
-from stowplan.core.hardware import Hardware
 from stowplan.core.head import Head, HeadWay
 from stowplan.core.plan import Plan, Prediction
 from stowplan.core.program import StepProgram
 from stowplan.core.units import format_bytes
 from stowplan.offload.blocks import Block
 from stowplan.offload.capture.step import Capture
-from stowplan.offload.head_chunked import (
+from stowplan.offload.head.chunked import (
     ChunkedHead,
     FoundHead,
     NotReplaceable,
@@ -25,11 +24,12 @@ from stowplan.offload.head_chunked import (
     find_head,
     try_head,
 )
+from stowplan.session.solving import Solver
 
 if TYPE_CHECKING:
     from stowplan.planner.activations import ActivationPlan
 
-__all__ = ["PlannedHead", "Solver", "plan_head", "replan_head"]
+__all__ = ["PlannedHead", "plan_head", "replan_head"]
 
 # A head is replaced for time alone only if that gains so much of a step: less may be noise of measuring.
 _WORTHWHILE = 0.02
@@ -38,46 +38,6 @@ _HEAD = "head"
 
 # How the assumption of a plan begins that says what is done with the head.
 _REPLACED, _NOT_REPLACED = "the head is replaced:", "the head is not replaced:"
-
-
-class Solver(NamedTuple):
-    """The planner with everything but the step. Calling it raises as ``planner.activations.solve`` does."""
-
-    hardware: Hardware
-    device_bytes: int
-    host_bytes: int
-    name: str
-    time_limit_seconds: float
-    tell: Callable[[str], None]
-
-    def __call__(self, step: StepProgram) -> ActivationPlan:
-        from stowplan.planner.activations import solve
-
-        return solve(
-            step,
-            self.hardware,
-            self.device_bytes,
-            self.host_bytes,
-            solver=self.name,
-            time_limit_seconds=self.time_limit_seconds,
-            on_progress=self.tell,
-        )
-
-    def unplanned(self, step: StepProgram) -> Prediction:
-        """The step with everything kept."""
-        from stowplan.planner.activations import Problem, policies, simulate
-
-        problem = Problem(
-            step=step, hardware=self.hardware, budget_bytes=self.device_bytes, host_budget_bytes=self.host_bytes
-        )
-        return simulate(problem, policies.keep_all(problem))
-
-    def least_bytes(self, step: StepProgram) -> int:
-        """The least device budget that has a plan."""
-        try:
-            return self(step).least_budget_bytes
-        except InfeasibleBudget as error:
-            return error.least_bytes
 
 
 class PlannedHead(NamedTuple):

@@ -16,15 +16,17 @@ from stowplan.core.plan import Plan, tolerance_fault
 from stowplan.core.units import format_bytes, parse_bytes
 from stowplan.offload.blocks import Blocks, find_blocks
 from stowplan.offload.calibrate import RESERVE_BYTES, device_budget_bytes, host_budget_bytes
-from stowplan.offload.capture.instruments import Instruments
+from stowplan.offload.capture.instruments import Instruments, RealInstruments
 from stowplan.offload.capture.step import capture
 from stowplan.offload.parallel import bucket_bytes, class_name, keeps_gradients
 from stowplan.offload.tape.proof import DEFAULT_TOLERANCES, Tolerance
 from stowplan.session.batches import describe
-from stowplan.session.heads import Solver, plan_head
+from stowplan.session.heads import plan_head
+from stowplan.session.solving import Solver
 
 __all__ = [
     "FORWARD_NOTE",
+    "FRAGMENTATION",
     "RESERVED",
     "Batch",
     "LossFunction",
@@ -41,6 +43,11 @@ LossFunction = Callable[[Any, Any], Any]
 
 # An assumption of plans for a budget of "auto".
 RESERVED = f"of the free memory {format_bytes(RESERVE_BYTES)} are left alone"
+
+# What an allocator without planned addresses may lose between buffers, as a share of the bytes that do not live all
+# step. On the CPU the system gives memory by pages, and promises are about the allocator's bytes. For CUDA it is a
+# guess.
+FRAGMENTATION = {"cpu": 0.0, "cuda": 0.05}
 
 # On errors of the user's own model, so that who shows them can tell them from ours.
 FORWARD_NOTE = "raised by the model's forward on the batch that was given to stowplan.plan"
@@ -62,6 +69,7 @@ class Options(NamedTuple):
     exact: bool = True
     tolerance: float | None = None
     bucket_bytes: int = 0
+    allocations: bool = False
 
     def around(self, model: torch.nn.Module) -> Options:
         """The options for the model inside ``model``, with what the outer one takes by itself."""
@@ -104,7 +112,7 @@ def make_plan(
         loss_of,
         optimizer=options.optimizer,
         batch=batch,
-        instruments=instruments,
+        instruments=instruments or RealInstruments(device, allocations=options.allocations),
         hold_gradients=options.hold_gradients,
         hold_output=options.hold_output,
         tolerance=options.rounding,
@@ -112,11 +120,21 @@ def make_plan(
     )
     captured = captured.with_buffers(options.bucket_bytes)
     options.on_progress("solving")
-    solver = Solver(machine, device_bytes, host_bytes, options.solver, options.time_limit_seconds, options.on_progress)
+    fragmentation = 0.0 if options.allocations else FRAGMENTATION[machine.device_type]
+    solver = Solver(
+        machine,
+        device_bytes,
+        host_bytes,
+        options.solver,
+        options.time_limit_seconds,
+        options.on_progress,
+        fragmentation,
+    )
     dry = instruments is not None and instruments.dry
     chosen = plan_head(model, blocks, captured, solver, options.chunked_head, dry=dry)
     answer = chosen.answer
     rounding = _rounding(options.rounding) if options.rounding is not None else ()
+    memory = _memory_assumptions(chosen.step.outside is not None, fragmentation)
     reserve: tuple[str, ...] = (RESERVED,) if options.budget == "auto" else ()
     if options.bucket_bytes:
         buckets = (
@@ -137,11 +155,20 @@ def make_plan(
         least_budget_bytes=answer.least_budget_bytes,
         baselines=answer.baselines,
         declined=chosen.declined,
-        assumptions=(*captured.assumptions, *chosen.said, *_standing_assumptions(device, machine), *rounding, *reserve),
+        assumptions=(
+            *captured.assumptions,
+            *chosen.said,
+            *memory,
+            *_standing_assumptions(device, machine),
+            *rounding,
+            *reserve,
+        ),
         exact=options.exact,
         tolerance=options.tolerance,
         versions=_versions(),
         head=chosen.head,
+        arena_bytes=None if chosen.step.outside is None else solver.arena_bytes(chosen.step, answer.decisions),
+        fragmentation=fragmentation,
     )
 
 
@@ -152,8 +179,17 @@ def budgets_here(options: Options, device: torch.device) -> tuple[int, int]:
     return of_device, of_host
 
 
+def _memory_assumptions(addresses: bool, fragmentation: float) -> tuple[str, ...]:
+    """What the step is said to take of the device, in words."""
+    live = "bytes are those of live tensors and kernels' scratch"
+    if addresses:
+        return (f"{live}; what is needed is the highest address of an arena that follows the plan's addresses",)
+    if fragmentation:
+        return (f"{live}; for fragmentation {fragmentation:.0%} of those that do not live all step come on top",)
+    return (f"{live}; the allocator's fragmentation comes on top",)
+
+
 def _standing_assumptions(device: torch.device, machine: Hardware) -> Iterator[str]:
-    yield "bytes are those of live tensors and kernels' scratch; the allocator's fragmentation comes on top"
     if machine.overlapped_copies:
         yield "copies run beside compute at the rates of a copy alone, and do not slow it down"
     else:

@@ -17,8 +17,9 @@ from stowplan.offload.calibrate import measure_hardware
 from stowplan.offload.dry.run import is_fake
 from stowplan.offload.parallel import inner_model
 from stowplan.session.dry import plan_dry
-from stowplan.session.heads import Solver, replan_head
+from stowplan.session.heads import replan_head
 from stowplan.session.making import RESERVED, Batch, LossFunction, Options, Size, budgets_here, device_of, make_plan
+from stowplan.session.solving import Solver
 
 __all__ = ["plan", "replan"]
 
@@ -41,6 +42,7 @@ def plan(
     dry: bool | None = None,
     exact: bool = True,
     tolerance: float | None = None,
+    allocations: bool = False,
     on_progress: Callable[[str], None] | None = None,
 ) -> Plan:
     """Decide what each block of ``model`` keeps, swaps and recomputes, for the least step time within the budgets.
@@ -74,6 +76,8 @@ def plan(
             alone where they differ by no more than ``tolerance`` from those of the whole.
         tolerance: that difference, relative to the value's largest number. Default: 1e-5 for float32, 1/128 for
             bfloat16 and float16. With ``exact=False`` only.
+        allocations: capture every request of memory, too: then the budget is held by addresses, not by live bytes
+            alone, and ``stowplan.allocations`` tells the step's buffers (docs/allocations.md).
         on_progress: called with a line of text as the work goes on.
 
     Raises:
@@ -98,6 +102,7 @@ def plan(
         chunked_head,
         exact,
         tolerance,
+        allocations=allocations,
     ).around(model)
     _ = options.rounding  # a mistake is told before anything runs
     model = inner_model(model)
@@ -130,7 +135,7 @@ def replan(
     device_bytes = parse_bytes(budget, "budget")
     host_bytes = plan.host_budget_bytes if host_budget is None else parse_bytes(host_budget, "host_budget")
     tell = on_progress if on_progress is not None else lambda message: None
-    solve = Solver(plan.hardware, device_bytes, host_bytes, solver, time_limit_seconds, tell)
+    solve = Solver(plan.hardware, device_bytes, host_bytes, solver, time_limit_seconds, tell, plan.fragmentation)
     chosen = replan_head(plan, solve)
     answer = chosen.answer
     return replace(
@@ -147,5 +152,6 @@ def replan(
         step=chosen.step,
         assumptions=tuple(line for line in chosen.said if line != RESERVED),
         head=chosen.head,
+        arena_bytes=None if chosen.step.outside is None else solve.arena_bytes(chosen.step, answer.decisions),
         measurement=None,
     )

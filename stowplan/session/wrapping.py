@@ -174,8 +174,8 @@ class _Wrapper:
         if excess.measured_bytes is not None:
             budget_bytes = plan.budget_bytes - (excess.measured_bytes - excess.budget_bytes)
         else:
-            least_bytes = min(plan.least_budget_bytes, plan.prediction.peak_bytes)
-            budget_bytes = max(least_bytes, min(plan.budget_bytes, plan.prediction.peak_bytes) * 9 // 10)
+            least_bytes = min(plan.least_budget_bytes, plan.needed_bytes)
+            budget_bytes = max(least_bytes, min(plan.budget_bytes, plan.needed_bytes) * 9 // 10)
         try:
             corrected = _corrected(plan, budget_bytes, f"{excess}: planned for {format_bytes(budget_bytes)} instead")
         except (InfeasibleBudget, InvalidSize):

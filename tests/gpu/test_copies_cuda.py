@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from stowplan.offload.blocks import Block
-from stowplan.offload.copies import OverlappedCopies, Portion
+from stowplan.offload.copies import OverlappedCopies
 from stowplan.offload.copies.lanes import lanes_for
 from stowplan.offload.engine import Engine
 from stowplan.offload.host_slab import HostSlab
 from stowplan.offload.storages import content_of
-from stowplan.offload.tape.tape import Geometry
 from tests import models
 from tests.offload import toys
+from tests.offload.portions import portion_of, send
 
 pytestmark = pytest.mark.gpu
 
@@ -80,7 +80,7 @@ def test_values_come_back_while_compute_reuses_their_memory(device: torch.device
         stops.append(copies.begin(place, str(place)))
         value = torch.rand(8 * MIB, device=device)
         expected.append(value.double().sum())
-        sent += copies.send(stops[-1], [Portion(value, Geometry.of(value))])
+        sent += send(copies, stops[-1], portion_of(value))
         del value
         torch.full((8 * MIB,), float("nan"), device=device)
     for place in reversed(range(8)):
@@ -99,7 +99,7 @@ def test_bytes_on_the_device_are_those_of_the_window(device: torch.device) -> No
     for place in range(8):
         stop = copies.begin(place, str(place))
         value = torch.empty(size, dtype=torch.uint8, device=device)
-        kept.append((stop, copies.send(stop, [Portion(value, Geometry.of(value))])))
+        kept.append((stop, send(copies, stop, portion_of(value))))
         del value
         assert torch.cuda.memory_allocated(device) - before == min(place + 1, 2) * size
 
@@ -110,7 +110,7 @@ def test_the_slab_is_page_locked_and_a_range_travels(device: torch.device) -> No
     copies = OverlappedCopies(slab, lanes_for(device), 1)
     whole = torch.arange(1024.0, device=device)
     stop = copies.begin(0, "block")
-    (copy,) = copies.send(stop, [Portion(whole, Geometry.of(whole), 1024, 2048)])
+    (copy,) = send(copies, stop, portion_of(whole, 1024, 2048))
     copies.begin(1, "other")
     assert copies.fetch(stop, [copy]) == 1024
     assert torch.equal(content_of(copy.tensor)[1024:2048], content_of(whole)[1024:2048])
@@ -121,7 +121,7 @@ def test_a_trace_has_the_seconds_of_the_device(device: torch.device) -> None:
     trace = copies.record()
     value = torch.ones(32 * MIB, device=device)
     stop = copies.begin(0, "block")
-    (copy,) = copies.send(stop, [Portion(value, Geometry.of(value))])
+    (copy,) = send(copies, stop, portion_of(value))
     copies.begin(1, "other")
     copies.fetch(stop, [copy])
     spans = {span.queue: span for span in trace.spans()}

@@ -222,7 +222,7 @@ def test_witnesses_of_all_sizes(num_elements: int, verify: Verify) -> None:
         checks.compare(witness, value, "block", "value")
         assert (witness.content.numel() > 0) == (num_elements > 0)
         assert verify is Verify.ALL or witness.content.numel() <= 130
-    seen = torch.zeros(4 * num_elements)
+    seen = torch.zeros(4 * num_elements, dtype=torch.uint8)
     for turn in range(200):
-        seen[checks.witness(value, turn).chosen] += 1
+        checks.witness(value, turn).found(seen).fill_(1)
     assert seen.all()

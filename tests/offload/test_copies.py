@@ -9,10 +9,11 @@ from itertools import count
 import pytest
 import torch
 
-from stowplan.offload.copies import CopyEngine, HostCopy, OverlappedCopies, PlainCopies, Portion, Stop
+from stowplan.offload.copies import CopyEngine, Freight, HostCopy, Manifest, OverlappedCopies, PlainCopies, Stop
 from stowplan.offload.copies.lanes import ThreadLanes
 from stowplan.offload.host_slab import HostSlab
 from stowplan.offload.tape.tape import Geometry
+from tests.offload.portions import Portion, portion_of, send
 
 SLAB_BYTES = 2**20
 WINDOW = 2
@@ -55,15 +56,11 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(-1).view(torch.uint8)
 
 
-def portion_of(tensor: torch.Tensor, start: int = 0, stop: int | None = None) -> Portion:
-    return Portion(tensor, Geometry.of(tensor), start, stop)
-
-
 def send_away(copies: CopyEngine, *portions: Portion) -> tuple[Stop, list[HostCopy]]:
     """Until nothing is left on the device: as many blocks pass as may be on their way."""
     places = count()
     stop = copies.begin(next(places), "block")
-    sent = copies.send(stop, portions)
+    sent = send(copies, stop, *portions)
     for _ in range(copies.window):
         copies.begin(next(places), "other")
     assert all(copy.content is None for copy in sent)
@@ -142,9 +139,50 @@ def test_copies_that_nobody_wants_give_their_bytes_back(make_engine: Callable[[]
     del sent
     gc.collect()
     assert slab.used_bytes == 0
-    sent = copies.send(copies.begin(0, "block"), [portion_of(torch.ones(100))])
+    sent = send(copies, copies.begin(0, "block"), portion_of(torch.ones(100)))
     del sent
     assert slab.used_bytes == 0
+
+
+@engines
+def test_what_left_together_is_given_back_with_the_last_of_it(make_engine: Callable[[], Engine]) -> None:
+    copies, slab = make_engine()
+    stop, sent = send_away(copies, *(portion_of(torch.full((16,), float(i))) for i in range(4)))
+    del sent[1:3]
+    assert slab.used_bytes == 4 * 64
+    copies.fetch(stop, sent[:1])
+    assert slab.used_bytes == 4 * 64
+    copies.fetch(stop, sent[1:])
+    assert slab.used_bytes == 0
+    assert [copy.tensor[0].item() for copy in sent] == [0.0, 3.0]
+
+
+@engines
+@pytest.mark.filterwarnings("ignore:the host slab:RuntimeWarning")
+def test_what_does_not_fit_the_slab_in_one_piece_is_put_where_there_is_room(make_engine: Callable[[], Engine]) -> None:
+    copies, slab = make_engine()
+    before, hole, between = (slab.take(size) for size in (64, 128, SLAB_BYTES - 3 * 64))
+    slab.give_back(hole)
+    values = [torch.full((16,), float(i)) for i in range(4)]
+    stop, sent = send_away(copies, *map(portion_of, values))
+    assert slab.used_bytes == SLAB_BYTES
+    assert slab.overflow_bytes == 2 * 64
+    copies.fetch(stop, sent)
+    assert [copy.tensor.tolist() for copy in sent] == [value.tolist() for value in values]
+    assert slab.used_bytes == before.size_bytes + between.size_bytes
+
+
+def test_a_manifest_is_made_anew_for_storages_that_are_not_as_known() -> None:
+    def freight(part: torch.Tensor, given: bool = False) -> Freight:
+        return Freight(Geometry.of(part), part.untyped_storage().nbytes(), given=given)
+
+    small, large = torch.zeros(8), torch.zeros(12)
+    manifest = Manifest([freight(small), freight(small[2:6]), freight(small, given=True)])
+    assert manifest.fitting([small, small[2:6], small]) is manifest
+    found = manifest.fitting([small, large[2:6], large[:8]])
+    assert [f.num_bytes for f in found.freights] == [32, 48, 48]
+    assert [f.dense for f in found.freights] == [True, False, False]
+    assert found.size_bytes == 128
 
 
 # ---- only where copies run beside compute ----------------------------------------------------------------------------
@@ -152,7 +190,7 @@ def test_what_is_still_on_the_device_is_taken_as_it_is() -> None:
     copies, slab = overlapped_copies()
     original = torch.arange(8.0)
     stop = copies.begin(0, "block")
-    (copy,) = copies.send(stop, [portion_of(original)])
+    (copy,) = send(copies, stop, portion_of(original))
     copies.begin(1, "other")
     assert copies.fetch(stop, [copy]) == 0
     assert copy.tensor.data_ptr() == original.data_ptr()
@@ -164,7 +202,7 @@ def test_values_come_back_ahead_and_are_not_copied_again() -> None:
     sent, stops = [], []
     for place in range(5):
         stops.append(copies.begin(place, str(place)))
-        sent += copies.send(stops[-1], [portion_of(torch.full((4,), float(place)))])
+        sent += send(copies, stops[-1], portion_of(torch.full((4,), float(place))))
     assert [copy.content is not None for copy in sent] == [False] * 3 + [True] * 2
     travelled = [copies.fetch(stops[place], [sent[place]]) for place in reversed(range(5))]
     assert travelled == [0, 16, 16, 16, 0]  # each has the one before it come: 3, which never left, then 2, 1 and 0
@@ -188,7 +226,7 @@ def test_a_trace_says_what_ran_when() -> None:
     stops, sent = [], []
     for place in range(4):
         stops.append(copies.begin(place, str(place)))
-        sent += copies.send(stops[-1], [portion_of(torch.ones(4))])
+        sent += send(copies, stops[-1], portion_of(torch.ones(4)))
     for place in reversed(range(4)):
         copies.fetch(stops[place], [sent[place]])
     copies.begin(0, "0")

@@ -362,3 +362,29 @@ def test_a_block_that_depends_on_data_from_its_start_is_kept_with_a_warning(poli
         assert_same(train_toy(model), expected)
     assert len(found) == len(names)
     assert engine.counters == Counters(recorded_calls=3)
+
+
+# ---- several streams ------------------------------------------------------------------------------------------------
+@all_policies
+def test_a_block_that_uses_several_streams_is_left_alone(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was made on another stream would be read before it is there: nothing of such a block is moved."""
+    side, current = [0], [0]
+    monkeypatch.setattr("stowplan.offload.tape.record.current_stream", lambda device: current[0])
+
+    def body(block: Any, x: torch.Tensor) -> torch.Tensor:
+        hidden = block.first(x).tanh()
+        current[0] = side[0]
+        hidden = block.second(hidden)
+        current[0] = 0
+        return hidden + x
+
+    def make() -> Any:
+        side[0] = 0  # until the plan is there
+        return stack(body)
+
+    def train(model: Any) -> Tensors:
+        side[0] = 1
+        return train_toy(model)
+
+    with pytest.warns(RuntimeWarning, match="keeps everything it saves: it runs on several streams"):
+        assert_exact(make, train, policy, call_toy)

@@ -19,6 +19,7 @@ from tests.offload.toys import (
     all_policies,
     assert_exact,
     call_language_model,
+    call_toy,
     call_with_input_gradient,
     gradients,
     make_gpt2,
@@ -73,6 +74,25 @@ def test_shapes_that_change_are_recorded_each_for_itself(policy: str) -> None:
     num_recorded = 3 * 3 * NUM_RECORDINGS
     num_steady = 3 * 3 * NUM_STEPS - num_recorded
     assert (counters.recorded_calls, counters.steady_calls, counters.departures) == (num_recorded, num_steady, 0)
+
+
+@all_policies
+@pytest.mark.parametrize("part", [slice(0, ROWS), slice(2, ROWS + 2)])
+def test_an_argument_that_is_a_view_of_ever_other_tensors(part: slice, policy: str) -> None:
+    """No signature sees how much of its storage an argument leaves out."""
+
+    def train(model: Any) -> Tensors:
+        for step in range(3 * NUM_STEPS):
+            whole = rows(part.stop + step % 3 * (step > NUM_RECORDINGS))
+            model(whole[part].sin_()).square().mean().backward()
+        return gradients(model)
+
+    def body(block: Any, x: torch.Tensor) -> torch.Tensor:
+        return block.second(x.sin() * block.first(x).tanh()) + x
+
+    planned = assert_exact(lambda: stack(body), train, policy, call_toy)
+    assert planned.engine.counters.departures == 0
+    assert planned.engine.counters.recorded_calls == 3 * NUM_RECORDINGS
 
 
 @all_policies

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stowplan.offload import host_slab
-from stowplan.offload.host_slab import HostSlab, Span
+from stowplan.offload.host_slab import HostSlab, Layout, Span
 
 ALIGNMENT = 64
 
@@ -104,7 +104,7 @@ def test_the_slab_is_no_memory_of_the_cpu_allocator() -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         slab = HostSlab(2**20)
     assert sum(abs(event.cpu_memory_usage) for event in profile.events()) < 2**10
-    assert slab.view(Span(0, 2**20)).sum() == 0
+    assert slab.view(slab.take(2**20)).sum() == 0
 
 
 class Holder:
@@ -123,7 +123,7 @@ def test_a_forked_child_writes_into_its_own() -> None:
     slab.view(span).zero_()
     child = os.fork()
     if not child:
-        ctypes.memset(slab.address(span), 1, ALIGNMENT)
+        ctypes.memset(span.address, 1, ALIGNMENT)
         os._exit(0)
     os.waitpid(child, 0)
     assert not slab.view(span).any()
@@ -131,14 +131,17 @@ def test_a_forked_child_writes_into_its_own() -> None:
 
 def test_spans_taken_together_lie_side_by_side_where_there_is_room() -> None:
     slab = HostSlab(6 * ALIGNMENT)
-    assert [span.start for span in slab.take_all([ALIGNMENT, 0, 2 * ALIGNMENT])] == [0, ALIGNMENT, ALIGNMENT]
+    spans, held = slab.take_all(Layout([ALIGNMENT, 0, 2 * ALIGNMENT]))
+    assert [span.start for span in spans] == [0, ALIGNMENT, ALIGNMENT]
+    assert [(span.start, span.size_bytes) for span in held] == [(0, 3 * ALIGNMENT)]
     hole = slab.take(ALIGNMENT)
     slab.take(2 * ALIGNMENT)
     slab.give_back(hole)
     with pytest.warns(RuntimeWarning, match="is full"):
-        spans = slab.take_all([ALIGNMENT, ALIGNMENT])
+        spans, held = slab.take_all(Layout([ALIGNMENT, ALIGNMENT]))
     assert [span.start for span in spans] == [hole.start, -1]
     assert spans[1].overflow is not None
+    assert held == spans
 
 
 def test_what_the_collector_gives_back_in_the_middle_of_a_take(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,6 +160,6 @@ def test_what_the_collector_gives_back_in_the_middle_of_a_take(monkeypatch: pyte
 
     aligned = host_slab._aligned
     monkeypatch.setattr(host_slab, "_aligned", align_and_collect)
-    assert slab.take(8 * ALIGNMENT) == Span(0, 8 * ALIGNMENT)
+    assert slab.take(8 * ALIGNMENT)[:2] == (0, 8 * ALIGNMENT)
     assert not late
     assert slab.used_bytes == slab.size_bytes

@@ -4,22 +4,38 @@ from __future__ import annotations
 
 import functools
 import statistics
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from stowplan.core.program import BlockProgram
+from stowplan.offload.allocation_record import AllocationRecord, Segment
 from stowplan.offload.arguments import flatten, map_tree, tensors_in
+from stowplan.offload.capture.block_allocations import (
+    INPUT_GRADIENT,
+    OUTPUT_GRADIENT,
+    SeenAllocations,
+    in_turn,
+    note_output,
+    saved_noted,
+    seen_allocations,
+)
 from stowplan.offload.capture.block_program import Casts, Surroundings, single_assignment
+from stowplan.offload.capture.graph_end import GraphEnd, Strides, graph_end, output_gradient_bytes
 from stowplan.offload.capture.instruments import Instruments
-from stowplan.offload.capture.own_arguments import input_bytes, own_arguments, without_arguments
+from stowplan.offload.capture.own_arguments import (
+    OnGradient,
+    input_bytes,
+    own_arguments,
+    unnoted,
+    without_arguments,
+)
 from stowplan.offload.copies import PlainCopies
 from stowplan.offload.host_slab import HostSlab
 from stowplan.offload.intercept import Forward
-from stowplan.offload.memory_log import Segment
 from stowplan.offload.parallel import class_name
 from stowplan.offload.recording import Recording, record_call
 from stowplan.offload.storages import storage_bytes
@@ -28,10 +44,7 @@ from stowplan.offload.tape.rows import grid, num_tokens, row_wise
 from stowplan.offload.tape.run import Counters
 from stowplan.offload.tape.tape import Origin, Tape
 
-__all__ = ["BlockCapture", "capture_block", "graph_end", "median_seconds"]
-
-Strides = Sequence[tuple[int, ...]]
-GraphEnd = Callable[[Any], torch.Tensor | None]
+__all__ = ["BlockCapture", "capture_block", "median_seconds"]
 
 # A machine is disturbed for tenths of a second at a time: a median over less than that is one of the disturbance.
 _LEAST_TIMED_RUNS, _MOST_TIMED_RUNS, _ENOUGH_SECONDS = 3, 20, 0.5
@@ -55,6 +68,7 @@ class BlockCapture:
     unseen_bytes: int  # alive after forward by the allocator, less those that the tape knows of
     lingering_bytes: int
     num_refuted: int  # ops whose replay did not give the same bits
+    allocations: SeenAllocations | None  # if asked for
 
     @property
     def held_bytes(self) -> int:
@@ -90,6 +104,7 @@ class BlockCapture:
             gradient_bytes=self.gradient_bytes,
             held_bytes=self.held_bytes,
             lingering_bytes=lingering_bytes,
+            allocations=self.allocations.of(self.tape, values, around) if self.allocations is not None else None,
         )
 
 
@@ -113,8 +128,8 @@ def capture_block(
     Gradients of the module's parameters must be None on entry (or zeros, with ``held_gradients``) and are so on exit.
     """
 
-    def call() -> Any:
-        own_args, own_kwargs = own_arguments(args), own_arguments(kwargs)
+    def call(on_gradient: OnGradient = unnoted) -> Any:
+        own_args, own_kwargs = own_arguments(args, on_gradient), own_arguments(kwargs, on_gradient)
         torch.clear_autocast_cache()
         return without_arguments(forward(*own_args, **own_kwargs), flatten(own_args, own_kwargs))
 
@@ -129,7 +144,7 @@ def capture_block(
     recording.recorder.finish()
 
     end = functools.partial(graph_end, strides=gradient_strides)
-    segments, output = _measure_memory(call, end, instruments)
+    segments, output, record = _measure_memory(call, end, instruments)
     estimate = median_seconds(call, end, module, instruments, held_gradients)
     seconds = instruments.block_seconds(module, args, kwargs, estimate)
     for op in tape.ops if instruments.dry else ():
@@ -145,11 +160,12 @@ def capture_block(
         backward_seconds=seconds[1],
         forward_peak_bytes=segments["forward"].peak_bytes - segments["forward"].start_bytes,
         backward_peak_bytes=segments["backward"].peak_bytes - segments["forward"].start_bytes,
-        output_gradient_bytes=_output_gradient_bytes(output, gradient_strides),
+        output_gradient_bytes=output_gradient_bytes(output, gradient_strides),
         gradient_bytes=0 if held_gradients else _gradient_bytes(module),
         unseen_bytes=graph.start_bytes - segments["forward"].start_bytes - alive_bytes,
         lingering_bytes=lingering_bytes,
         num_refuted=num_refuted,
+        allocations=seen_allocations(record, tape) if record is not None else None,
     )
     _clear_gradients(module, held_gradients)
     torch.clear_autocast_cache()
@@ -222,62 +238,17 @@ def _find_holders(recording: Recording) -> tuple[int, int]:
 
 
 # ---- the block: bytes and seconds ----------------------------------------------------------------------------------
-class _Detour(torch.autograd.Function):
-    """Stands for the rest of the model: takes the block's outputs, lets go of them, and has a gradient for each."""
-
-    @staticmethod
-    def forward(ctx: Any, gradients: list[torch.Tensor], *outputs: torch.Tensor) -> torch.Tensor:
-        ctx.gradients = gradients
-        return gradients[0].new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        gradients = list(ctx.gradients)
-        ctx.gradients.clear()
-        return None, *gradients
-
-
-def graph_end(output: Any, strides: Strides | None = None) -> torch.Tensor | None:
-    """A scalar whose backward gives every differentiable output a random gradient, without keeping the output.
-
-    None for a frozen block, which has no backward.
-    """
-    outputs = [t for t in tensors_in(output) if t.requires_grad]
-    if not outputs:
-        return None
-    if strides is None:
-        strides = [t.stride() for t in outputs]
-    gradients = [_random(t, stride) for t, stride in zip(outputs, strides, strict=True)]
-    end: torch.Tensor = _Detour.apply(gradients, *outputs)  # type: ignore[no-untyped-call]
-    return end
-
-
-def _random(like: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:
-    numbers = torch.randn(_reach(like.shape, stride), dtype=like.dtype, device=like.device)
-    return numbers.as_strided(like.shape, stride)
-
-
-def _reach(shape: Sequence[int], stride: Sequence[int]) -> int:
-    """Elements of a storage that a tensor of that shape and stride spans."""
-    return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) if 0 not in shape else 0
-
-
-def _output_gradient_bytes(output: Any, strides: Strides | None) -> int:
-    outputs = [t for t in tensors_in(output) if t.requires_grad]
-    if strides is None:
-        strides = [t.stride() for t in outputs]
-    return sum(t.element_size() * _reach(t.shape, stride) for t, stride in zip(outputs, strides, strict=True))
-
-
 def _measure_memory(
-    call: Callable[[], Any], make_end: GraphEnd, instruments: Instruments
-) -> tuple[dict[str, Segment], Any]:
-    """Peaks of one forward and backward, by phase; gives the output (without its graph) too."""
+    call: Callable[[OnGradient], Any], make_end: GraphEnd, instruments: Instruments
+) -> tuple[dict[str, Segment], Any, AllocationRecord | None]:
+    """Peaks of one forward and backward, by phase; gives the output (without its graph) and requests, too."""
     with instruments.memory_log() as log:
         log.mark("forward")
-        output = call()
+        with saved_noted(log) if instruments.allocations else nullcontext():
+            output = call(in_turn(log, INPUT_GRADIENT))
+        note_output(log, output)
         log.mark("graph")
-        end = make_end(output)
+        end = make_end(output, in_turn(log, OUTPUT_GRADIENT))
         template = _detached(output)
         del output
         torch.clear_autocast_cache()
@@ -285,7 +256,8 @@ def _measure_memory(
         _backward(end, instruments.device)
         del end
         log.mark("end")
-    return {segment.name: segment for segment in log.segments}, template
+    record = log.record if instruments.allocations else None
+    return {segment.name: segment for segment in log.segments}, template, record
 
 
 def _detached(tree: Any) -> Any:
@@ -327,7 +299,7 @@ def _measure_seconds(
     start = instruments.seconds()
     output = call()
     middle = instruments.seconds()
-    end = make_end(output)
+    end = make_end(output, unnoted)
     del output
     second = instruments.seconds()
     _backward(end, instruments.device)

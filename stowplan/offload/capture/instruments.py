@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
+from stowplan.offload.allocation_log import allocation_log
 from stowplan.offload.memory_log import MemoryLog, memory_log, synchronize
 from stowplan.offload.tape.tape import TapeOp
 
@@ -17,10 +18,12 @@ class Instruments(Protocol):
     """A memory log and a clock of one device.
 
     ``dry``: tensors hold no data, so that nothing can be proved, and repeating a measurement gives the same again.
+    ``allocations``: each request of memory is asked for, so logs must have a record of them.
     """
 
     device: torch.device
     dry: bool
+    allocations: bool
     scale: float  # real seconds for each of the clock's, as far as it is known by now
     resident_bytes: int  # that libraries hold all step and the memory log does not see
 
@@ -46,11 +49,12 @@ class RealInstruments:
     scale = 1.0
     resident_bytes = 0
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, allocations: bool = False) -> None:
         self.device = device
+        self.allocations = allocations
 
     def memory_log(self) -> MemoryLog:
-        return memory_log(self.device)
+        return allocation_log(self.device) if self.allocations else memory_log(self.device)
 
     def seconds(self) -> float:
         synchronize(self.device)

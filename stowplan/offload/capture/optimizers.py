@@ -19,7 +19,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_iter
 
+from stowplan.core.allocations import Events
 from stowplan.core.errors import InvalidArgument
+from stowplan.offload.allocation_record import AllocationRecord
 from stowplan.offload.capture.instruments import Instruments
 from stowplan.offload.dry.known import Known
 from stowplan.offload.dry.mode import DryLog, DryMode
@@ -43,6 +45,14 @@ class OptimizerCost(NamedTuple):
     peak_bytes: int
     seconds: float
     exact: bool = True
+    record: AllocationRecord | None = None
+
+    @property
+    def events(self) -> Events:
+        """Its requests (``core.allocations``); where they are not known, one that has the peak."""
+        if self.record is not None:
+            return tuple(self.record.events)
+        return (self.peak_bytes, ~0) if self.peak_bytes else ()
 
 
 def optimizer_cost(optimizer: torch.optim.Optimizer | None, instruments: Instruments) -> OptimizerCost:
@@ -91,7 +101,7 @@ def _dry_step(optimizer: torch.optim.Optimizer, instruments: Instruments) -> Opt
         with log:
             _take_step(twin)
         peak_bytes = max(segment.peak_bytes for segment in log.segments)
-        cost = OptimizerCost(states, peak_bytes, (seconds() - start) * instruments.scale)
+        cost = OptimizerCost(states, peak_bytes, (seconds() - start) * instruments.scale, record=log.record)
         return cost if len(known.guesses) == num_guesses or instruments.dry else None
 
 

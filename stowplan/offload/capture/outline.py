@@ -12,6 +12,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from stowplan.core.errors import UnsupportedModel
+from stowplan.offload.allocation_record import AllocationRecord, Segment
 from stowplan.offload.arguments import flatten, signature, tensors_in
 from stowplan.offload.blocks import Block, likeness
 from stowplan.offload.capture.block_capture import BlockCapture, capture_block
@@ -19,10 +20,22 @@ from stowplan.offload.capture.block_program import Casts, Surroundings
 from stowplan.offload.capture.instruments import Instruments
 from stowplan.offload.capture.stand_in import stand_in
 from stowplan.offload.intercept import Forward, Interception
-from stowplan.offload.memory_log import Segment
 from stowplan.offload.tape.proof import Tolerance
 
-__all__ = ["EMBEDDING_FORWARD", "END", "Call", "Moment", "Outline", "after", "before", "given_back", "handed_on"]
+__all__ = [
+    "EMBEDDING_FORWARD",
+    "END",
+    "Call",
+    "Moment",
+    "Outline",
+    "after",
+    "argument",
+    "before",
+    "given_back",
+    "handed_on",
+    "output_gradient",
+    "output_of",
+]
 
 EMBEDDING_FORWARD, END = "embedding forward", "end"
 # Marks the kind of a call whose backward adds to gradients that are there already.
@@ -47,6 +60,21 @@ def given_back(call: int) -> str:
 def after(call: int) -> str:
     """The mark where its backward is over: what follows is up to the next backward, or to the embedding's end."""
     return f"backward {call}"
+
+
+def argument(call: int) -> str:
+    """How the log's notes on the arguments of call number ``call`` begin."""
+    return f"argument of {call}"
+
+
+def output_of(call: int) -> str:
+    """How those on its outputs begin."""
+    return f"output of {call}"
+
+
+def output_gradient(call: int) -> str:
+    """How those on the gradients of its outputs begin."""
+    return f"gradient of {call}"
 
 
 @dataclass(slots=True)
@@ -96,7 +124,9 @@ class Outline:
     captures: dict[Any, BlockCapture] = field(default_factory=dict)
     calls: list[Call] = field(default_factory=list)
     _templates: dict[Any, Any] = field(default_factory=dict)
+    record: AllocationRecord | None = None  # of the last measurement, if asked for
     _mark: Callable[[str], None] = lambda name: None
+    _note: Callable[[str, torch.Tensor], None] = lambda name, tensor: None
     _shared: list[frozenset[int]] = field(default_factory=list)
     _strides: list[tuple[tuple[int, ...], ...] | None] = field(default_factory=list)
 
@@ -140,11 +170,12 @@ class Outline:
                 earlier.append(self._earlier_bytes() if name.startswith("call") else 0)
                 log.mark(name)
 
-            self._mark = mark
+            self._mark, self._note = mark, log.note
             self._run(forward, loss_of)
             mark(END)
             times.append(times[-1])
-        self._mark = lambda name: None
+        self._mark, self._note = lambda name: None, lambda name, tensor: None
+        self.record = log.record if self.instruments.allocations else None
         if [call.block for call in self.calls] != order:
             raise UnsupportedModel(
                 "the model called its blocks in another order in its second forward pass on the same batch; blocks "
@@ -230,10 +261,14 @@ class Outline:
         call = Call(block, kind, storages, {})
         # A block's graph keeps the shared arguments that it saves (masks, rotary tables); so must what stands for it.
         shared = self._shared[number] if number < len(self._shared) else frozenset()
+        for position, tensor in tensors.items():
+            self._note(f"{argument(number)} {position}", tensor)
         held = [tensors[position] for position in shared & self._saved_positions(kind)]
 
         def on_backward(gradients: Sequence[torch.Tensor]) -> None:
             self._mark(given_back(number))
+            for position, gradient in enumerate(gradients):
+                self._note(f"{output_gradient(number)} {position}", gradient)
             if any(g.stride() != out.stride() for g, out in zip(gradients, outputs, strict=True)):
                 call.gradient_strides = tuple(g.stride() for g in gradients)
             held.clear()
@@ -243,6 +278,9 @@ class Outline:
         outputs = [tensor for tensor in tensors_in(self._templates[kind]) if tensor.requires_grad]
         output = stand_in(self._templates[kind], leaves, self._anchor, on_backward)
         call.outputs = {i: StorageWeakRef(t.untyped_storage()) for i, t in enumerate(tensors_in(output))}
+        for position, leaf in enumerate(flatten((output,), {})):
+            if isinstance(leaf, torch.Tensor):
+                self._note(f"{output_of(number)} {position}", leaf)
         self.calls.append(call)
         self._mark(handed_on(number))
         return output

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from stowplan.offload.arguments import map_tree
 
-__all__ = ["Passed", "input_bytes", "own_arguments", "without_arguments"]
+__all__ = ["OnGradient", "Passed", "input_bytes", "own_arguments", "unnoted", "without_arguments"]
+
+
+OnGradient = Callable[[torch.Tensor], None]
+
+
+def unnoted(gradient: torch.Tensor) -> None:
+    """Nobody wants to know of the gradient."""
 
 
 class Passed:
@@ -25,16 +33,22 @@ class _Entry(torch.autograd.Function):
     """Where a block's graph begins: an argument that is no leaf, as autocast would take a leaf for a weight."""
 
     @staticmethod
-    def forward(ctx: Any, argument: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, argument: torch.Tensor, on_gradient: OnGradient) -> torch.Tensor:
+        ctx.on_gradient = on_gradient
         return argument.detach()
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> None:
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
         """Nobody asks for the argument's gradient."""
+        ctx.on_gradient(grad)
+        return None, None
 
 
-def own_arguments(tree: Any) -> Any:
-    """The same arguments cut off from the graph around the block; unknown objects (caches) are copied."""
+def own_arguments(tree: Any, on_gradient: OnGradient = unnoted) -> Any:
+    """The same arguments cut off from the graph around the block; unknown objects (caches) are copied.
+
+    ``on_gradient`` is told the gradients of the arguments as backward reaches them.
+    """
     twins: dict[int, torch.Tensor] = {}  # an argument that is given twice is one tensor again
 
     def own(leaf: Any) -> Any:
@@ -42,7 +56,9 @@ def own_arguments(tree: Any) -> Any:
             if id(leaf) not in twins:
                 twins[id(leaf)] = leaf.detach()
                 if leaf.requires_grad:
-                    twins[id(leaf)] = _Entry.apply(leaf.detach().requires_grad_())  # type: ignore[no-untyped-call]
+                    twins[id(leaf)] = _Entry.apply(  # type: ignore[no-untyped-call]
+                        leaf.detach().requires_grad_(), on_gradient
+                    )
             return twins[id(leaf)]
         if leaf is None or isinstance(leaf, bool | int | float | str):
             return leaf

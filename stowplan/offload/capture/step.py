@@ -18,6 +18,7 @@ from stowplan.offload.buffers import Buffers
 from stowplan.offload.capture.instruments import Instruments, RealInstruments
 from stowplan.offload.capture.optimizers import OptimizerCost, optimizer_cost, state_bytes
 from stowplan.offload.capture.outline import Moment, Outline
+from stowplan.offload.capture.outside import outside_allocations
 from stowplan.offload.capture.phases import phases_of
 from stowplan.offload.parallel import is_sharded
 from stowplan.offload.recording import devices_of
@@ -203,6 +204,11 @@ def _assemble(
     phases = phases_of(outline, moments, [programs[program] for program in runs])
     left_bytes = phases.left_bytes
     trainable = [p for p in model.parameters() if p.requires_grad]
+    outside = None
+    if outline.record is not None:
+        outside = outside_allocations(outline.record, len(calls), cost.events)
+    if outside is None:  # requests of blocks alone are of no use
+        programs = tuple(replace(program, allocations=None) for program in programs)
     return StepProgram(
         programs=programs,
         blocks=runs,
@@ -217,6 +223,7 @@ def _assemble(
         embedding_backward=phases.embedding_backward,
         optimizer_step=Phase(seconds=cost.seconds, peak_bytes=left_bytes + cost.peak_bytes, left_bytes=left_bytes),
         gaps=phases.gaps,
+        outside=outside,
     )
 
 
@@ -253,6 +260,10 @@ def _assumptions(
         said.append(
             "parameters, gradients and optimizer states are this process's part; gathered parameters are counted as "
             "while capturing, and those that FSDP gathers ahead are not"
+        )
+    if outline.record is not None and step.outside is None:
+        said.append(
+            "requests of memory are not known one by one: backward does not reach the blocks in their reverse order"
         )
     if optimizer is None:
         said.append("no optimizer was given: its states and its step are not counted")

@@ -2,6 +2,6 @@
 
 from stowplan.offload.copies.overlapped import OverlappedCopies
 from stowplan.offload.copies.plain import PlainCopies
-from stowplan.offload.copies.protocol import CopyEngine, HostCopy, Portion, Stop
+from stowplan.offload.copies.protocol import CopyEngine, Freight, HostCopy, Manifest, Stop
 
-__all__ = ["CopyEngine", "HostCopy", "OverlappedCopies", "PlainCopies", "Portion", "Stop"]
+__all__ = ["CopyEngine", "Freight", "HostCopy", "Manifest", "OverlappedCopies", "PlainCopies", "Stop"]

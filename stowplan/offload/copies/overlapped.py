@@ -15,13 +15,13 @@ Note: who waits for whom
 
     So memory goes back to the allocator only when the stream that it was allocated on has waited for the last copy that
     reads or writes it, and there is no need for ``record_stream``, which would hold it until the allocator happens to
-    look. Host bytes are given back as soon as the copy out of them is on its lane: copies to the host are in order
-    among themselves, and 2 orders them after that one.
+    look. Host bytes are given back as soon as the last copy out of a consignment is on its lane: copies to the host are
+    in order among themselves, and 2 orders them after that one.
 
 Note: one order of locks
     ``_at_work`` is held while copies are started and waited for. A value may die at any time, in any thread, also in
-    the middle of that by the garbage collector, so ``_abandon`` takes no lock: it appends to queues that the next block
-    to begin, forward or backward, works off.
+    the middle of that by the garbage collector, so ``_abandon`` and ``_give_back`` take no lock: they append to queues
+    that the next block to begin, forward or backward, works off.
 """
 
 from __future__ import annotations
@@ -29,18 +29,66 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 
 from stowplan.offload.copies.lanes import Compute, Lanes, Mark
-from stowplan.offload.copies.protocol import HostCopy, Passage, Portion, Stop
+from stowplan.offload.copies.protocol import Consignment, Freight, HostCopy, Manifest, Passage, Stop
 from stowplan.offload.copies.trace import Trace
 from stowplan.offload.host_slab import HostSlab, Span
-from stowplan.offload.storages import content_of
+from stowplan.offload.storages import content_of, modified_in_place
 
 __all__ = ["OverlappedCopies"]
+
+
+class _Traveller(HostCopy):
+    """A value whose copies are seen by nobody but the lanes.
+
+    ``mark`` is of the copy that is on its way and that compute (``compute``, on whose stream ``content`` was allocated)
+    has not waited for. A value that has no share in its consignment any more is coming or back. ``fault`` is set if
+    somebody changed what never left in place (it had ``version``) while the copy may have been on its way.
+    """
+
+    __slots__ = ("_abandon", "complete", "compute", "fault", "mark", "version")
+
+    content: torch.Tensor | None
+
+    def __init__(
+        self,
+        freight: Freight,
+        tensor: torch.Tensor,
+        span: Span,
+        consignment: Consignment,
+        compute: Compute,
+        abandon: Callable[[_Traveller], None],
+    ) -> None:
+        super().__init__(freight, tensor.device, span, consignment)
+        self.content = tensor
+        self.complete = True
+        self.version = tensor._version
+        self.fault: RuntimeError | None = None
+        self.mark: Mark = None
+        self.compute = compute
+        self._abandon = abandon
+
+    def check_untouched(self) -> None:
+        """The copy is over: was the value what it was when it was sent, all the while?"""
+        if self.content is not None and self.content._version != self.version:
+            self.fault = modified_in_place(self.content, self.version)
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        assert self.mark is None, "compute has not waited for this value"
+        if self.fault is not None:
+            raise self.fault
+        return super().tensor
+
+    def __del__(self) -> None:
+        # By the garbage collector too, in any thread and in the middle of anything: this may take no lock.
+        if self.mark is not None:
+            self._abandon(self)
 
 
 class _Way(threading.local):
@@ -99,18 +147,21 @@ class OverlappedCopies:
             stop.started = compute.stamp()
         return stop
 
-    def send(self, stop: Stop, portions: Sequence[Portion]) -> list[HostCopy]:
+    def send(self, stop: Stop, manifest: Manifest, tensors: Sequence[torch.Tensor]) -> list[_Traveller]:
         if self.trace is not None and stop.started is not None:
             self.trace.add("compute", stop.name, "forward", stop.started, stop.compute.stamp())
-        if not portions:
+        if not tensors:
             return []
-        sent = [HostCopy(portion, self._abandon) for portion in portions]
         with self._at_work:
-            spans = self.slab.take_all([copy.stop - copy.start for copy in sent])
-            pairs = []
-            for copy, portion, span in zip(sent, portions, spans, strict=True):
-                copy.content, copy.complete, copy.compute, copy.span = portion.tensor, True, stop.compute, span
-                pairs.append((self.slab.view(span), self._part(copy, portion.tensor)))
+            spans, held = self.slab.take_all(manifest.layout)
+            consignment = Consignment(held, self._give_back)
+            sent = [
+                _Traveller(freight, tensor, span, consignment, stop.compute, self._abandon)
+                for freight, tensor, span in zip(manifest.freights, tensors, spans, strict=True)
+            ]
+            pairs = [
+                (self.slab.view(copy.span), _part(copy, tensor)) for copy, tensor in zip(sent, tensors, strict=True)
+            ]
             self._lane_waits_for_reads()
             self._lane_waits_for_values(stop.compute)
             mark = self._last_sent = self._lanes.to_host.copy(pairs, stop.name, self.trace)
@@ -124,7 +175,7 @@ class OverlappedCopies:
 
     def _let_go(self, stop: Stop) -> None:
         """LEAVING -> AWAY."""
-        leaving = [copy for copy in stop.at_hand() if copy.mark is not None and copy.span is not None]
+        leaving = [copy for copy in stop.at_hand() if copy.mark is not None and copy.consignment is not None]
         if leaving:
             self._compute_waits_for_departures(leaving[0])
         for copy in leaving:
@@ -133,22 +184,23 @@ class OverlappedCopies:
 
     # ---- backward --------------------------------------------------------------------------------------------------
     def fetch(self, stop: Stop, copies: Sequence[HostCopy]) -> int:
+        wanted = cast(Sequence[_Traveller], copies)  # nobody else makes any
         with self._at_work:
             compute = self._lanes.compute()
             self._trace_backward(stop.name, compute)
             self._let_go_abandoned()
-            travelling = self._start_back(copies, compute, stop.name)
+            travelling = self._start_back(wanted, compute, stop.name)
             travelling += self._look_ahead(stop, compute)
             waited: Mark = None
-            for copy in copies:
+            for copy in wanted:
                 mark = copy.mark
                 if mark is None:
                     continue
-                if copy.span is not None:  # LEAVING -> BACK
+                if copy.consignment is not None:  # LEAVING -> BACK
                     if mark is not waited:
                         self._compute_waits_for_departures(copy)
                     copy.check_untouched()
-                    self._give_back(copy)
+                    copy.consignment = None
                 elif mark is not waited:
                     self._compute_waits_for_arrivals(compute, mark)
                 waited, copy.mark = mark, None
@@ -173,23 +225,20 @@ class OverlappedCopies:
                 travelling += self._start_back(before.at_hand(), compute, before.name)
         return travelling
 
-    def _start_back(self, copies: Sequence[HostCopy], compute: Compute, name: str) -> int:
+    def _start_back(self, copies: Sequence[_Traveller], compute: Compute, name: str) -> int:
         """AWAY -> COMING; the bytes that are on their way."""
-        away = [(copy, copy.span) for copy in copies if copy.content is None and copy.span is not None]
+        away = [copy for copy in copies if copy.content is None and copy.consignment is not None]
         if not away:
             return 0
-        buffers = [copy.new_content() for copy, _ in away]
-        pairs = [
-            (self._part(copy, content), self.slab.view(span))
-            for (copy, span), content in zip(away, buffers, strict=True)
-        ]
+        buffers = [copy.freight.new_content(copy.device) for copy in away]
+        pairs = [(_part(copy, content), self.slab.view(copy.span)) for copy, content in zip(away, buffers, strict=True)]
         self._lane_waits_for_buffers(compute)
         mark = self._lanes.to_device.copy(pairs, name, self.trace)
         self._last_fetched = self._unordered_reads = mark
-        for (copy, _), content in zip(away, buffers, strict=True):
+        for copy, content in zip(away, buffers, strict=True):
             copy.content, copy.complete, copy.mark, copy.compute = content, False, mark, compute
-            self._give_back(copy)
-        return sum(copy.stop - copy.start for copy, _ in away)
+            copy.consignment = None
+        return sum(copy.freight.size_bytes for copy in away)
 
     # ---- the waits: "Note: who waits for whom" ---------------------------------------------------------------------
     def _lane_waits_for_values(self, compute: Compute) -> None:
@@ -200,7 +249,7 @@ class OverlappedCopies:
         if reads is not None:
             self._lanes.to_host.wait(reads)
 
-    def _compute_waits_for_departures(self, copy: HostCopy) -> None:
+    def _compute_waits_for_departures(self, copy: _Traveller) -> None:
         copy.compute.wait(copy.mark)
 
     def _lane_waits_for_buffers(self, compute: Compute) -> None:
@@ -213,17 +262,12 @@ class OverlappedCopies:
         compute.wait(mark)
 
     # ---- letting go ------------------------------------------------------------------------------------------------
-    def _abandon(self, copy: HostCopy) -> None:
-        """Nobody wants ``copy`` any more. "Note: one order of locks"."""
-        if copy.mark is not None:
-            self._abandoned.append((copy.compute, copy.mark, copy.content))
-        self._give_back(copy)
+    def _abandon(self, copy: _Traveller) -> None:
+        """Nobody wants ``copy`` any more, which is on its way. "Note: one order of locks"."""
+        self._abandoned.append((copy.compute, copy.mark, copy.content))
 
-    def _give_back(self, copy: HostCopy) -> None:
-        """The host bytes have been read, will be by a copy that is on its lane, or need not be."""
-        span, copy.span = copy.span, None
-        if span is None:
-            return
+    def _give_back(self, span: Span) -> None:
+        """Host bytes that have been read, will be by copies that are on their lane, or need not be."""
         if span.overflow is not None:
             self._overflow.append((self._last_sent, self._last_fetched, span))
         self.slab.give_back(span)
@@ -240,11 +284,6 @@ class OverlappedCopies:
         while self._overflow and all(mark is None or is_done(mark) for mark in self._overflow[0][:2]):
             self._overflow.popleft()
 
-    def _part(self, copy: HostCopy, content: torch.Tensor) -> torch.Tensor:
-        """Those of the storage's bytes that travel."""
-        whole = content_of(content)
-        return whole if copy.stop - copy.start == copy.num_bytes else whole[copy.start : copy.stop]
-
     def _trace_backward(self, name: str | None, compute: Compute) -> None:
         """A block's backward is drawn until the next one begins, or the next forward."""
         if self.trace is None:
@@ -259,3 +298,9 @@ class OverlappedCopies:
         # The slab and what was abandoned go now: no copy may be under way.
         self._lanes.to_host.finish()
         self._lanes.to_device.finish()
+
+
+def _part(copy: HostCopy, content: torch.Tensor) -> torch.Tensor:
+    """Those of the storage's bytes that travel."""
+    whole, freight = content_of(content), copy.freight
+    return whole if whole.numel() == freight.size_bytes else whole[freight.start : freight.stop]

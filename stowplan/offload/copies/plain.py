@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 
-from stowplan.offload.copies.protocol import HostCopy, Passage, Portion, Stop
+import torch
+
+from stowplan.offload.copies.protocol import Consignment, HostCopy, Manifest, Passage, Stop
 from stowplan.offload.host_slab import HostSlab
 from stowplan.offload.storages import content_of
 
@@ -27,42 +29,40 @@ class PlainCopies:
     def begin(self, place: int, name: str) -> Stop:
         return self._stop
 
-    def send(self, stop: Stop, portions: Sequence[Portion]) -> list[HostCopy]:
-        slab = self.slab
-        sent = [HostCopy(portion, self._release) for portion in portions]
-        spans = slab.take_all([copy.stop - copy.start for copy in sent])
-        for copy, portion, span in zip(sent, portions, spans, strict=True):
-            copy.span = span
-            size = span.size_bytes
-            if size < _FEW_BYTES and copy.device.type == "cpu":
-                ctypes.memmove(slab.address(span), portion.tensor.untyped_storage().data_ptr() + copy.start, size)
+    def send(self, stop: Stop, manifest: Manifest, tensors: Sequence[torch.Tensor]) -> list[HostCopy]:
+        if not tensors:
+            return []
+        slab, move = self.slab, ctypes.memmove
+        spans, held = slab.take_all(manifest.layout)
+        consignment = Consignment(held, slab.give_back)
+        sent = []
+        for tensor, freight, span in zip(tensors, manifest.freights, spans, strict=True):
+            size = freight.size_bytes
+            if size < _FEW_BYTES and tensor.is_cpu:
+                source = tensor.data_ptr() if freight.dense else tensor.untyped_storage().data_ptr()
+                move(span.address, source + freight.start, size)
             else:
-                slab.view(span).copy_(content_of(portion.tensor)[copy.start : copy.stop])
+                slab.view(span).copy_(content_of(tensor)[freight.start : freight.stop])
+            sent.append(HostCopy(freight, tensor.device, span, consignment))
         return sent
 
     def fetch(self, stop: Stop, copies: Sequence[HostCopy]) -> int:
-        slab = self.slab
+        slab, move = self.slab, ctypes.memmove
         travelling = 0
         for copy in copies:
             if copy.content is not None:
                 continue
-            span = copy.span
-            assert span is not None
-            size = copy.stop - copy.start
-            content = copy.new_content()
-            if size < _FEW_BYTES and copy.device.type == "cpu":
-                ctypes.memmove(content.untyped_storage().data_ptr() + copy.start, slab.address(span), size)
+            freight = copy.freight
+            size = freight.size_bytes
+            content = freight.new_content(copy.device)
+            if size < _FEW_BYTES and content.is_cpu:
+                move(content.data_ptr() + freight.start, copy.span.address, size)
             else:
-                content_of(content)[copy.start : copy.stop].copy_(slab.view(span))
+                content_of(content)[freight.start : freight.stop].copy_(slab.view(copy.span))
             copy.content = content
-            self._release(copy)
+            copy.consignment = None
             travelling += size
         return travelling
 
     def turn(self, stop: Stop) -> int:
         return 0
-
-    def _release(self, copy: HostCopy) -> None:
-        if copy.span is not None:
-            self.slab.give_back(copy.span)
-            copy.span = None

@@ -1,100 +1,129 @@
-"""What a copy engine does, and what it hands out.
+"""What a copy engine does, what it is given, and what it hands out.
 
-A *stop* is one call of a block in a forward pass; *passage* is the pass. Values leave at a stop and come back at it.
+A *stop* is one call of a block in a forward pass; *passage* is the pass. Values leave at a stop and come back at it. A
+*manifest* says what leaves at a stop, the same in every step; a *consignment* is what did leave in one of them.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from functools import cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 
-from stowplan.offload.host_slab import Span
-from stowplan.offload.storages import modified_in_place
+from stowplan.offload.host_slab import Layout, Span
 from stowplan.offload.tape.replay import view_of
 from stowplan.offload.tape.tape import Geometry
 
-__all__ = ["CopyEngine", "HostCopy", "Passage", "Portion", "Stop"]
+__all__ = ["Consignment", "CopyEngine", "Freight", "HostCopy", "Manifest", "Passage", "Stop"]
 
 
-class Portion(NamedTuple):
-    """Bytes [``start``, ``stop``) of the storage behind ``tensor``; by default all of them.
+class Freight:
+    """What is known of a value before it leaves: bytes [``start``, ``stop``) of its storage of ``num_bytes`` travel, by
+    default all of them.
 
-    ``geometry`` is what the value looks like when it is back.
+    ``geometry`` is how the tensor that is sent sees its storage, and what the value looks like when it is back. It is
+    ``dense`` if a new tensor of that geometry has the same storage. A value that was ``given`` to the block may be a
+    view of a larger tensor in one call, and of another one in the next.
     """
 
-    tensor: torch.Tensor
-    geometry: Geometry
-    start: int = 0
-    stop: int | None = None
+    __slots__ = ("dense", "geometry", "given", "num_bytes", "size_bytes", "start", "stop")
+
+    def __init__(
+        self, geometry: Geometry, num_bytes: int, start: int = 0, stop: int | None = None, given: bool = False
+    ) -> None:
+        self.geometry = geometry
+        self.num_bytes = num_bytes
+        self.given = given
+        self.start = start
+        self.stop = num_bytes if stop is None else stop
+        self.size_bytes = self.stop - start
+        self.dense = not geometry.offset and _spanned_bytes(geometry) == num_bytes
+
+    def in_storage_of(self, num_bytes: int) -> Freight:
+        """The same of a storage that is of another size."""
+        stop = None if self.size_bytes == self.num_bytes else self.stop
+        return Freight(self.geometry, num_bytes, self.start, stop, self.given)
+
+    def new_content(self, device: torch.device) -> torch.Tensor:
+        """Device memory for the whole value, to be filled; seen as the value where it can be."""
+        if self.dense:
+            dtype, size, stride, _ = self.geometry
+            return torch.empty_strided(size, stride, dtype=dtype, device=device)
+        return torch.empty(self.num_bytes, dtype=torch.uint8, device=device)
+
+
+def _spanned_bytes(geometry: Geometry) -> int:
+    """Bytes from the first to the last element."""
+    if not all(geometry.size):
+        return 0
+    last = sum((size - 1) * stride for size, stride in zip(geometry.size, geometry.stride, strict=True))
+    return (last + 1) * geometry.dtype.itemsize
+
+
+class Manifest:
+    """What leaves at a stop, in order. Made once for all calls that do the same."""
+
+    __slots__ = ("_uncertain", "freights", "layout", "size_bytes")
+
+    def __init__(self, freights: Sequence[Freight]) -> None:
+        self.freights = tuple(freights)
+        self.layout = Layout([freight.size_bytes for freight in freights])
+        self.size_bytes = sum(self.layout.sizes)  # that travel
+        # What a tensor's geometry does not tell.
+        self._uncertain = tuple((i, f.num_bytes) for i, f in enumerate(self.freights) if f.given or not f.dense)
+
+    def fitting(self, tensors: Sequence[torch.Tensor]) -> Manifest:
+        """Itself, if ``tensors``, which have the geometries, have the storages too; else one that is theirs."""
+        if all(tensors[i].untyped_storage().nbytes() == num_bytes for i, num_bytes in self._uncertain):
+            return self
+        found = [tensor.untyped_storage().nbytes() for tensor in tensors]
+        return Manifest([f.in_storage_of(num_bytes) for f, num_bytes in zip(self.freights, found, strict=True)])
+
+
+class Consignment:
+    """The host bytes of what left at a stop. They go back when nobody refers to it: each of its values was read, or
+    died unread.
+    """
+
+    __slots__ = ("_give_back", "_held")
+
+    def __init__(self, held: Sequence[Span], give_back: Callable[[Span], None]) -> None:
+        self._held = held
+        self._give_back = give_back
+
+    def __del__(self) -> None:
+        # By the garbage collector too, in any thread and in the middle of anything: this may take no lock.
+        for span in self._held:
+            self._give_back(span)
 
 
 class HostCopy:
-    """A value on the host. Its host bytes go back when they have been read, or nobody wants them.
+    """A value on the host: in ``span``, as long as it has a share in the ``consignment``. ``tensor`` will be of
+    ``geometry``.
 
     ``content`` is a tensor over the value's whole storage on the device, None while there is none; of a new one only
-    the bytes from ``start`` to ``stop`` are filled, the others are for somebody else to write. ``mark`` is of the copy
-    that is on its way and that compute (``compute``, on whose stream ``content`` was allocated) has not waited for.
-    ``complete`` tells content that is the value's own, all of it, because it never left; ``fault`` is set if somebody
-    changed that in place (it had ``version``) while the copy may have been on its way.
+    the bytes that travel are filled, the others are for somebody else to write.
     """
 
-    __slots__ = (
-        "__weakref__", "_abandon", "complete", "compute", "content", "device", "fault", "geometry", "mark", "num_bytes",
-        "span", "start", "stop", "version",
-    )  # fmt: skip
+    __slots__ = ("__weakref__", "consignment", "content", "device", "freight", "geometry", "span")
 
-    def __init__(self, portion: Portion, abandon: Callable[[HostCopy], None]) -> None:
-        tensor, self.geometry, self.start, stop = portion
-        self.device = tensor.device
-        self.num_bytes = tensor.untyped_storage().nbytes()  # of the whole storage
-        self.stop = self.num_bytes if stop is None else stop
-        self.span: Span | None = None
+    complete = False  # is ``content`` the value's own, all of it, because it never left?
+
+    def __init__(self, freight: Freight, device: torch.device, span: Span, consignment: Consignment) -> None:
+        self.freight = freight
+        self.geometry = freight.geometry
+        self.device = device
+        self.span = span
+        self.consignment: Consignment | None = consignment
         self.content: torch.Tensor | None = None
-        self.complete = False
-        self.version = tensor._version
-        self.fault: RuntimeError | None = None
-        self.mark: Any = None
-        self.compute: Any = None
-        self._abandon = abandon
-
-    def check_untouched(self) -> None:
-        """The copy is over: was the value what it was when it was sent, all the while?"""
-        if self.content is not None and self.content._version != self.version:
-            self.fault = modified_in_place(self.content, self.version)
-
-    def new_content(self) -> torch.Tensor:
-        """Device memory for the whole value, to be filled; seen as the value where it can be."""
-        dtype, size, stride, _ = geometry = self.geometry
-        if _spanned_bytes(geometry) == self.num_bytes:
-            return torch.empty_strided(size, stride, dtype=dtype, device=self.device)
-        return torch.empty(self.num_bytes, dtype=torch.uint8, device=self.device)
 
     @property
     def tensor(self) -> torch.Tensor:
         """The value on the device, after ``fetch``."""
         assert self.content is not None
-        assert self.mark is None, "compute has not waited for this value"
-        if self.fault is not None:
-            raise self.fault
-        return view_of(self.content, self.geometry)
-
-    def __del__(self) -> None:
-        # By the garbage collector too, in any thread and in the middle of anything: this may take no lock.
-        if self.span is not None or self.mark is not None:
-            self._abandon(self)
-
-
-@cache
-def _spanned_bytes(geometry: Geometry) -> int:
-    """Bytes of the storage that a new tensor of this geometry gets; 0 where it would begin elsewhere."""
-    if geometry.offset or not all(geometry.size):
-        return 0
-    last = sum((size - 1) * stride for size, stride in zip(geometry.size, geometry.stride, strict=True))
-    return (last + 1) * geometry.dtype.itemsize
+        return self.content if self.freight.dense else view_of(self.content, self.geometry)
 
 
 class Passage:
@@ -118,10 +147,10 @@ class Stop:
         self.place = place
         self.name = name
         self.compute = compute  # the stream that the block runs on
-        self.copies: list[weakref.ref[HostCopy]] = []
+        self.copies: list[weakref.ref[Any]] = []  # the engine's own kind of ``HostCopy``
         self.started: Any = None  # when, if somebody traces
 
-    def at_hand(self) -> list[HostCopy]:
+    def at_hand(self) -> list[Any]:
         """What is still wanted of what was sent, in order."""
         return [copy for ref in self.copies if (copy := ref()) is not None]
 
@@ -129,17 +158,18 @@ class Stop:
 class CopyEngine(Protocol):
     """How swapped values travel.
 
-    ``begin`` is called as a block's forward begins; ``send`` as it ends, with what is to leave: the tensors may be
-    dropped then. ``fetch`` is called as its backward begins: after it ``tensor`` of each copy may be used. ``turn`` is
-    for blocks whose backward begins without anything to fetch. Both give the bytes that started on their way back.
-    ``window`` is for how many blocks bytes may be on their way, 0 where they never are.
+    ``begin`` is called as a block's forward begins; ``send`` as it ends, with what is to leave, a tensor for each of
+    the manifest's freights: these may be dropped then. ``fetch`` is called as its backward begins: after it ``tensor``
+    of each copy may be used. ``turn`` is for blocks whose backward begins without anything to fetch. Both give the
+    bytes that started on their way back. ``window`` is for how many blocks bytes may be on their way, 0 where they
+    never are.
     """
 
     window: int
 
     def begin(self, place: int, name: str) -> Stop: ...
 
-    def send(self, stop: Stop, portions: Sequence[Portion]) -> list[HostCopy]: ...
+    def send(self, stop: Stop, manifest: Manifest, tensors: Sequence[torch.Tensor]) -> Sequence[HostCopy]: ...
 
     def fetch(self, stop: Stop, copies: Sequence[HostCopy]) -> int: ...
 

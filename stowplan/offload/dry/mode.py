@@ -24,8 +24,8 @@ from torch._prims_common import is_non_overlapping_and_dense_or_false
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from stowplan.offload.allocation_record import AllocationRecord, Happening, Segment, What
 from stowplan.offload.dry.known import Known
-from stowplan.offload.memory_log import Segment
 
 __all__ = ["Cost", "Costs", "DryLog", "DryMode"]
 
@@ -33,6 +33,7 @@ aten = torch.ops.aten
 
 # A gradient that only the engine holds: its tensor has at most so many references, its storage so many.
 _MAX_TENSOR_USES, _MAX_STORAGE_USES = 4, 2
+_SCRATCH = -1  # the key of what a kernel takes for itself
 
 
 class Cost(NamedTuple):
@@ -74,6 +75,7 @@ class DryMode(TorchDispatchMode):
         self.known = known if known is not None else Known()
         self._costs = costs
         self._allocated_bytes = allocated_bytes
+        self.happenings: list[Happening] | None = None  # of the log that is open
         self._live: dict[int, tuple[weakref.ref[Any], int]] = {}
 
     def __torch_dispatch__(
@@ -93,6 +95,9 @@ class DryMode(TorchDispatchMode):
             self.last = self._costs.of(func, args, kwargs, result)
             self.seconds += self.last.seconds
         self.peak_bytes = max(self.peak_bytes, self.live_bytes + self.last.workspace_bytes)
+        if self.last.workspace_bytes:
+            self._tell(What.ALLOCATED, _SCRATCH, self.last.workspace_bytes)
+            self._tell(What.FREED, _SCRATCH, self.last.workspace_bytes)
         self.known.follow(func, args, kwargs, result)
         return result
 
@@ -106,32 +111,48 @@ class DryMode(TorchDispatchMode):
                     num_bytes = self._allocated_bytes(storage.nbytes())
                     self._live[key] = (weakref.ref(storage, partial(self._free, key)), num_bytes)
                     self.live_bytes += num_bytes
+                    self._tell(What.ALLOCATED, key, num_bytes)
 
     def _free(self, key: int, storage: object) -> None:
-        self.live_bytes -= self._live.pop(key)[1]
+        num_bytes = self._live.pop(key)[1]
+        self.live_bytes -= num_bytes
+        self._tell(What.FREED, key, num_bytes)
+
+    def _tell(self, what: What, key: int, num_bytes: int) -> None:
+        if self.happenings is not None:
+            self.happenings.append(Happening(what, key, num_bytes))
 
 
 class DryLog:
-    """A ``MemoryLog`` of what a DryMode counts."""
+    """A ``MemoryLog`` of what a DryMode counts. Storages tell buffers apart."""
 
     def __init__(self, mode: DryMode) -> None:
         self.segments: list[Segment] = []
+        self.record: AllocationRecord | None = None
         self._mode = mode
 
     def __enter__(self) -> DryLog:
+        self._happenings: list[Happening] = []
+        self._mode.happenings = self._happenings
         self._origin = self._mode.live_bytes
         self._begin("start")
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._end()
+        self._mode.happenings = None
+        self.record = AllocationRecord(self._happenings)
 
     def mark(self, name: str) -> None:
         self._end()
         self._begin(name)
+        self._happenings.append(Happening(What.MARK, name=name))
 
     def freed(self, num_bytes: int) -> None:
         """Nothing to add: the mode sees every free."""
+
+    def note(self, name: str, tensor: torch.Tensor) -> None:
+        self._happenings.append(Happening(What.NOTE, _key(tensor), name=name))
 
     def _begin(self, name: str) -> None:
         self._name = name

@@ -61,6 +61,7 @@ class DryRun:
         costs: what ops take.
         real_device: where one block of each kind may be run for real to calibrate ``costs``; None if nowhere.
         target: the GPU that ``device`` stands for, if that is on cuda.
+        allocations: each request of memory is asked for.
     """
 
     dry = True
@@ -74,8 +75,11 @@ class DryRun:
         costs: Costs,
         real_device: torch.device | None = None,
         target: CudaTarget | None = None,
+        *,
+        allocations: bool = False,
     ) -> None:
         self.device = device
+        self.allocations = allocations
         self.batch = batch
         self.guesses: dict[str, None] = {}
         self._model = model
@@ -139,7 +143,8 @@ class DryRun:
     def _run_for_real(
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[float, float]:
-        from stowplan.offload.capture.block_capture import graph_end, median_seconds
+        from stowplan.offload.capture.block_capture import median_seconds
+        from stowplan.offload.capture.graph_end import graph_end
         from stowplan.offload.capture.instruments import RealInstruments
 
         assert self._real_device is not None

@@ -17,7 +17,6 @@ from enum import StrEnum
 import torch
 
 from stowplan.core.errors import InvalidArgument, ReplayMismatch
-from stowplan.offload.storages import content_of
 
 __all__ = ["Checks", "Verify"]
 
@@ -43,14 +42,25 @@ class Verify(StrEnum):
 
 
 class Witness:
-    """Some bytes, or numbers of ``dtype``, of a storage as the forward pass had them."""
+    """Bytes of a storage as the forward pass had them, or numbers of ``dtype``: each ``step``-th from ``first``."""
 
-    __slots__ = ("chosen", "content", "dtype")
+    __slots__ = ("content", "first", "step")
 
-    def __init__(self, content: torch.Tensor, chosen: slice, dtype: torch.dtype) -> None:
-        self.content = content
-        self.chosen = chosen
-        self.dtype = dtype
+    def __init__(self, tensor: torch.Tensor, dtype: torch.dtype, first: int, step: int) -> None:
+        self.first = first
+        self.step = step
+        self.content = _every(tensor, dtype, first, step).clone()
+
+    def found(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The same ones of another tensor's storage."""
+        return _every(tensor, self.content.dtype, self.first, self.step)
+
+
+def _every(tensor: torch.Tensor, dtype: torch.dtype, first: int, step: int) -> torch.Tensor:
+    """Every ``step``-th number from ``first`` of the storage read as ``dtype``; shares its memory."""
+    storage = tensor.untyped_storage()
+    count = max(0, -(-(storage.nbytes() // dtype.itemsize - first) // step))
+    return torch.empty(0, dtype=dtype, device=tensor.device).set_(storage, first, (count,), (step,))
 
 
 def _runs_ahead(device: torch.device) -> bool:
@@ -79,24 +89,20 @@ class Checks:
         """A copy of what ``verify`` asks to be compared of ``tensor``'s storage; ``turn`` shifts the sample."""
         rounded = not self._exact and tensor.is_floating_point()
         dtype = tensor.dtype if rounded else torch.uint8
-        content = content_of(tensor).view(dtype)
         if self.verify is Verify.ALL:
-            return Witness(content.clone(), slice(None), dtype)
-        num_bytes = content.numel() * content.element_size()
-        step = max(1, num_bytes // _NUM_SAMPLED_BYTES) | 1  # odd: every byte of a number gets its turn
-        chosen = slice(turn % min(step, max(num_bytes, 1)), None, step)
-        if rounded:
-            step = max(1, content.numel() // _NUM_SAMPLED_BYTES)
-            chosen = slice(turn % step, None, step)
-        return Witness(content[chosen].clone(), chosen, dtype)
+            return Witness(tensor, dtype, 0, 1)
+        num_items = tensor.untyped_storage().nbytes() // dtype.itemsize
+        step = max(1, num_items // _NUM_SAMPLED_BYTES)
+        if not rounded:
+            step |= 1  # odd: every byte of a number gets its turn
+        return Witness(tensor, dtype, turn % min(step, max(num_items, 1)), step)
 
     def compare(self, witness: Witness, tensor: torch.Tensor, block: str, value: str) -> None:
         """Raise ReplayMismatch if ``tensor`` is not what was witnessed, now or when checks are settled."""
-        found = content_of(tensor).view(witness.dtype)[witness.chosen]
-        differs = _differs(witness.content, found)
+        expected, found = witness.content, witness.found(tensor)
         if self._runs_ahead(tensor.device):
-            self._pending.append((differs, block, value))
-        elif differs:
+            self._pending.append((_differs(expected, found), block, value))
+        elif not torch.equal(expected, found) and _differs(expected, found):
             raise _mismatch(block, value)
 
     def settle(self) -> None:

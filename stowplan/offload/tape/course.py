@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import torch
 
-from stowplan.core.program import Action, Decision, Split
+from stowplan.core.program import Action, Decision, Split, swaps
+from stowplan.offload.copies.protocol import Freight, Manifest
 from stowplan.offload.tape.proof import RowTrials, Tolerance
 from stowplan.offload.tape.replay import Replay
 from stowplan.offload.tape.rng import random_devices
@@ -83,6 +84,8 @@ class Course:
             )
             for slot in tape.lasting_slots
         )
+        self.leaving, self.manifest = self._leaving()
+        self.sources_away = tuple(v for v in sources if v in self.leaving or v in self.parts)
         values = tape.values
         self.inputs = tuple(
             (v, values[v].position) for v in sources if values[v].origin is Origin.INPUT and v not in actions
@@ -94,6 +97,18 @@ class Course:
                 self._geometries[slot.value] = slot.geometry
         self._replays: dict[tuple[int, ...], Replay] = {}
         self.turns = itertools.count()  # of calls, for what is done in turn
+
+    def _leaving(self) -> tuple[tuple[int, ...], Manifest]:
+        """What is sent to the host when the block's forward is over: values in order of saving, and the rest of it."""
+        freights: dict[int, Freight] = {}
+        for slot in self.tape.lasting_slots:
+            action, value = self.actions.get(slot.value), self.tape.values[slot.value]
+            if slot.value not in freights and action is not None and swaps(action):
+                parts = self.parts.get(slot.value)
+                start, stop = (0, None) if parts is None else (parts.swapped.start, parts.swapped.stop)
+                given = value.origin is Origin.INPUT
+                freights[slot.value] = Freight(slot.geometry, value.size_bytes, start, stop, given)
+        return tuple(freights), Manifest(tuple(freights.values()))
 
     def replay(self, targets: tuple[int, ...]) -> Replay:
         """The function that makes ``targets``; compiled at first use."""

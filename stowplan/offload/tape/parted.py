@@ -18,13 +18,13 @@ class Parted:
     ``tensor`` joins what there is in one buffer of the whole size, in which a replay makes the first rows.
     """
 
-    __slots__ = ("_device", "_geometry", "_kept", "_num_bytes", "_whole", "copy")
+    __slots__ = ("_device", "_kept", "_num_bytes", "_whole", "copy", "geometry")
 
-    def __init__(self, tensor: torch.Tensor, kept: slice, geometry: Geometry) -> None:
+    def __init__(self, tensor: torch.Tensor, kept: slice, geometry: Geometry, copy: HostCopy | None) -> None:
         content = content_of(tensor)
-        self.copy: HostCopy | None = None
+        self.copy = copy
         self._device = tensor.device
-        self._geometry = geometry  # of the value, not of how ``tensor`` sees it
+        self.geometry = geometry  # of the value, not of how ``tensor`` sees it
         self._num_bytes = content.numel()
         self._kept: torch.Tensor | None = content[kept].clone()
         self._whole: torch.Tensor | None = None
@@ -46,5 +46,5 @@ class Parted:
                 assert self._kept is not None
                 content[self._num_bytes - self._kept.numel() :].copy_(self._kept)
             self._kept = None
-            self._whole = view_of(content, self._geometry)
+            self._whole = view_of(content, self.geometry)
         return self._whole

@@ -22,6 +22,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from stowplan.offload.arguments import tensors_in
 from stowplan.offload.refusals import refuse_checkpoint_inside
+from stowplan.offload.streams import current_stream
 from stowplan.offload.tape.rules import (
     ALLOCATIONS,
     advances_by_shape,
@@ -68,6 +69,7 @@ class Recorder(TorchDispatchMode):
         self._stack: list[str] = [""]
         self._block = block
         self._name = name or type(block).__name__
+        self._streams = {device: current_stream(device) for device in _devices(block, leaves)}
         self._can_rewind = True  # until a random op whose use of the generator cannot be repeated on stand-ins
         for position, (argument, leaf) in enumerate(leaves):
             if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided:
@@ -164,6 +166,8 @@ class Recorder(TorchDispatchMode):
             flops=_flops(func, args, kwargs, result),
         )
         self._can_rewind &= not random or advances_by_shape(func, kwargs)
+        if any(current_stream(device) != stream for device, stream in self._streams.items()):
+            self.tape.forbid_steady("it runs on several streams")
         self._observe(op)
         number = len(self.tape.ops)
         self.tape.ops.append(op)
@@ -257,6 +261,10 @@ def module_stack(block: torch.nn.Module, stack: list[str]) -> Iterator[None]:
     finally:
         entering.remove()
         leaving.remove()
+
+
+def _devices(block: torch.nn.Module, leaves: Sequence[tuple[str, Any]]) -> set[torch.device]:
+    return {tensor.device for tensor in tensors_in(([leaf for _, leaf in leaves], list(block.parameters())))}
 
 
 def _own_tensors(block: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

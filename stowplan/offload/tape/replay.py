@@ -12,8 +12,8 @@ Note: rows in a replay
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -80,11 +80,22 @@ class Replay:
         return tensors
 
 
-@contextmanager
-def below_autograd() -> Iterator[None]:
+class below_autograd:  # noqa: N801 (a context manager)
     """Run ops as recorded: below autograd, in-place tracking and autocast."""
-    with torch.no_grad(), torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():
-        yield
+
+    __slots__ = ("_autocast", "_below", "_grad")
+
+    def __enter__(self) -> None:
+        self._grad = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)
+        self._below, self._autocast = torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast()
+        self._below.__enter__()
+        self._autocast.__enter__()
+
+    def __exit__(self, *raised: object) -> None:
+        self._autocast.__exit__(*raised)
+        self._below.__exit__(*raised)
+        torch._C._set_grad_enabled(self._grad)
 
 
 def view_of(tensor: torch.Tensor, geometry: Geometry) -> torch.Tensor:

@@ -11,6 +11,8 @@ from stowplan.offload.tape.tape import Tape
 
 __all__ = ["Position", "draw_position", "random_devices", "restored", "rewound", "set_position", "stands_at"]
 
+_CPU = torch.device("cpu")
+
 # State of each generator at one moment, by device.
 Position = dict[torch.device, torch.Tensor]
 
@@ -58,7 +60,7 @@ def set_position(position: Position) -> None:
 
 
 def _generator(device: torch.device) -> torch.Generator:
-    if device.type == "cpu":
+    if device == _CPU:
         return torch.default_generator
     module = getattr(torch, device.type)
     index = module.current_device() if device.index is None else device.index  # type: ignore[redundant-expr]

@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from stowplan.core.errors import ReplayMismatch
-from stowplan.core.program import Action, Split
-from stowplan.offload.copies.protocol import CopyEngine, HostCopy, Portion, Stop
+from stowplan.core.program import Action
+from stowplan.offload.copies.protocol import CopyEngine, HostCopy, Stop
 from stowplan.offload.observer import is_allocation_failure
 from stowplan.offload.storages import modified_in_place
 from stowplan.offload.tape.checks import Checks, Verify, Witness
@@ -31,7 +31,7 @@ from stowplan.offload.tape.rng import Position, draw_position
 from stowplan.offload.tape.tape import Geometry
 
 _CPU = torch.device("cpu")
-_PASS, _KEEP, _SWAP, _SPLIT = Fate.PASS, Fate.KEEP, Fate.SWAP, Fate.SPLIT
+_PASS, _KEEP, _RECOMPUTE = Fate.PASS, Fate.KEEP, Fate.RECOMPUTE
 
 __all__ = ["Cell", "Counters", "Departure", "Run", "unpack"]
 
@@ -54,14 +54,18 @@ class Counters:
 
 
 class Cell:
-    """The place of one value of one run. ``tensor`` is None while the value is away; ``version`` guards a kept one."""
+    """The place of one value of one run. ``tensor`` is None while the value is away; ``version`` guards a kept one.
 
-    __slots__ = ("__weakref__", "host", "run", "tensor", "value", "version")
+    ``geometry`` is the tensor's own, as far as it is known.
+    """
+
+    __slots__ = ("__weakref__", "geometry", "host", "run", "tensor", "value", "version")
 
     def __init__(self, run: Run, value: int) -> None:
         self.run: Run | None = run
         self.value = value
         self.tensor: torch.Tensor | None = None
+        self.geometry: Geometry | None = None
         self.version: int | None = None
         self.host: HostCopy | Parted | None = None
 
@@ -85,7 +89,7 @@ class Run:
         self.lock = threading.Lock()  # several threads may run backward on graphs that share this call
         self.slots: Iterator[SlotCourse] = iter(())  # those to come
         self.cells: dict[int, Cell] = {}
-        self.departing: dict[int, tuple[Portion, int]] = {}  # to leave when the block is over, with versions
+        self.departing: dict[int, tuple[torch.Tensor, int]] = {}  # to leave when the block is over, with versions
         self.sources: dict[int, torch.Tensor | HostCopy | Parted] = {}
         self.versions: list[tuple[torch.Tensor, int, int]] = []
         self.waiting: list[weakref.ref[Cell]] = []
@@ -155,20 +159,13 @@ class Run:
             cell = cells.get(value)
             if cell is None:
                 cell = cells[value] = Cell(self, value)
-                if fate is _SWAP:
-                    departing[value] = Portion(tensor.detach(), geometry), tensor._version
-                elif fate is _SPLIT:
-                    departing[value] = self._portion(value, tensor.detach(), geometry), tensor._version
+                if fate is not _RECOMPUTE:
+                    departing[value] = tensor.detach(), tensor._version
                 if value in witnessed:
                     self._witness(value, tensor)
             return cell, geometry
 
         return pack
-
-    def _portion(self, value: int, tensor: torch.Tensor, geometry: Geometry) -> Portion:
-        """The rows of a split value that leave; there may be none."""
-        swapped = self.course.parts[value].swapped
-        return Portion(tensor, geometry, swapped.start, swapped.stop)
 
     def pack_recording(self, tensor: torch.Tensor, value: int, geometry: Geometry) -> Any:
         """Like ``packer``'s hook, while the tape is still being written: everything is held until ``adopt``."""
@@ -191,11 +188,8 @@ class Run:
                 del self.cells[value]
                 cell.run = None
                 continue
-            if action is Action.SWAP:
-                self.departing[value] = Portion(cell.tensor, Geometry.of(cell.tensor)), cell.tensor._version
-            elif isinstance(action, Split):
-                portion = self._portion(value, cell.tensor, Geometry.of(cell.tensor))
-                self.departing[value] = portion, cell.tensor._version
+            if action is not Action.RECOMPUTE:
+                self.departing[value] = cell.tensor, cell.tensor._version
             if value in self.witnessed:
                 self._witness(value, cell.tensor)
             cell.tensor, cell.version = None, None
@@ -217,27 +211,25 @@ class Run:
         """The block's forward is over: send values to the host. Raises Departure if slots are missing."""
         if next(self.slots, None) is not None:
             raise Departure(f"fewer than {len(self.course.slots)} saved tensors")
-        for value, (portion, version) in self.departing.items():
-            if portion.tensor._version != version:
-                raise Departure(f"{self.course.tape.values[value].name} is changed in place after it was saved")
+        course, cells, departing = self.course, self.cells, self.departing
+        for value, (tensor, version) in departing.items():
+            if tensor._version != version:
+                raise Departure(f"{course.tape.values[value].name} is changed in place after it was saved")
         assert self.stop is not None
-        course = self.course
-        away: dict[int, HostCopy | Parted] = {}
+        tensors = [departing[value][0] for value in course.leaving]
+        manifest = course.manifest.fitting(tensors)
+        self.counters.swapped_bytes += manifest.size_bytes
+        for value, host in zip(course.leaving, self.copies.send(self.stop, manifest, tensors), strict=True):
+            cells[value].host = host
         for value, parts in course.parts.items():
-            if value in self.departing:
-                tensor, geometry = self.departing[value][0].tensor, course.tape.values[value].geometry
-                away[value] = Parted(tensor, parts.kept, geometry)
-        leaving = {v: portion for v, (portion, _) in self.departing.items() if portion.start != portion.stop}
-        for value, host in zip(leaving, self.copies.send(self.stop, list(leaving.values())), strict=True):
-            self.counters.swapped_bytes += host.stop - host.start
-            parted = away.setdefault(value, host)
-            if isinstance(parted, Parted):
-                parted.copy = host
-        for value, source in away.items():
-            self.cells[value].host = source
-            if value in course.sources:
-                self.sources[value] = source
-        self.departing.clear()
+            cell, geometry = cells[value], course.tape.values[value].geometry
+            assert not isinstance(cell.host, Parted)
+            cell.host = Parted(departing[value][0], parts.kept, geometry, cell.host)
+        departing.clear()
+        for value in course.sources_away:
+            source = cells[value].host
+            assert source is not None
+            self.sources[value] = source
         if _CPU in self.position:
             self.ending = draw_position([_CPU])
         self.waiting = [weakref.ref(cell) for cell in self.cells.values()]
@@ -260,12 +252,21 @@ class Run:
 
     def _restore(self) -> None:
         course = self.course
-        wanted = {cell.value: cell for ref in self.waiting if (cell := ref()) is not None}
-        self._fetch(cell.host for cell in wanted.values())
+        wanted: dict[int, Cell] = {}
+        hosts: list[HostCopy | Parted] = []
+        for ref in self.waiting:
+            cell = ref()
+            if cell is not None:
+                wanted[cell.value] = cell
+                if cell.host is not None:
+                    hosts.append(cell.host)
+        self._fetch(hosts)
         targets = tuple(v for v in course.targets if v in wanted and not _is_complete(wanted[v].host))
-        for cell in wanted.values():  # whoever sees a tensor takes it: a target's comes when all its rows are there
-            if cell.host is not None and cell.value not in targets:
-                cell.tensor = cell.host.tensor
+        to_make = set(targets)
+        for value, cell in wanted.items():  # whoever sees a tensor takes it: a target's comes when all rows are there
+            host = cell.host
+            if host is not None and value not in to_make:
+                cell.tensor, cell.geometry = host.tensor, host.geometry
         if targets:
             for tensor, version, value in self.versions:
                 if tensor._version != version:
@@ -281,11 +282,11 @@ class Run:
         self.versions.clear()
         self.witnesses.clear()
 
-    def _fetch(self, hosts: Iterable[torch.Tensor | HostCopy | Parted | None]) -> None:
+    def _fetch(self, hosts: Sequence[HostCopy | Parted]) -> None:
         """Have what is on the host back."""
-        copies = [host.copy if isinstance(host, Parted) else host for host in hosts]
+        copies = [host if isinstance(host, HostCopy) else host.copy for host in hosts]
         assert self.stop is not None
-        away = [copy for copy in copies if isinstance(copy, HostCopy)]
+        away = [copy for copy in copies if copy is not None]
         self.counters.returned_bytes += self.copies.fetch(self.stop, away)
 
     def _replay(self, targets: tuple[int, ...], wanted: Mapping[int, Cell]) -> None:
@@ -293,8 +294,9 @@ class Run:
         course = self.course
         replay = course.replay(targets)
         lone = [source for v in replay.sources if v not in wanted and (source := self.sources.get(v)) is not None]
-        if any(not isinstance(source, torch.Tensor) for source in lone):
-            self._fetch(lone)
+        away = [source for source in lone if not isinstance(source, torch.Tensor)]
+        if away:
+            self._fetch(away)
         joined = {v: host.tensor for v in replay.joined if (host := wanted[v].host) is not None}
         try:
             tensors = replay(
@@ -337,7 +339,7 @@ def unpack(packed: Any) -> torch.Tensor:
             assert tensor is not None
         if first.version is not None and tensor._version != first.version:
             raise modified_in_place(tensor, first.version)
-        return view_of(tensor, rest)
+        return tensor if first.geometry is rest else view_of(tensor, rest)
     if first._version != rest:
         raise modified_in_place(first, rest)
     return first  # type: ignore[no-any-return]

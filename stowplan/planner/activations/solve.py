@@ -52,6 +52,7 @@ class ActivationPlan:
     """Decisions for every saved value, what they cost, how they were found, and what others would cost.
 
     ``unplanned`` is the prediction with everything kept. ``declined``: that fits, and there is nothing to do.
+    ``least_decisions`` take ``least_budget_bytes``, or they are ``decisions`` themselves.
     """
 
     decisions: Decisions
@@ -59,6 +60,7 @@ class ActivationPlan:
     unplanned: Prediction
     solution: Solution
     least_budget_bytes: int
+    least_decisions: Decisions
     baselines: tuple[Baseline, ...]
     declined: bool
 
@@ -115,6 +117,7 @@ def solve(
             solver="none" if declined else solver, seconds=seconds, bound_seconds=bound_seconds, gap=loss, proof=proof
         ),
         least_budget_bytes=min(least.num_bytes, prediction.peak_bytes),
+        least_decisions=least.decisions if least.num_bytes < prediction.peak_bytes else decisions,
         baselines=baselines,
         declined=declined,
     )

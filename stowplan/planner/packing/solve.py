@@ -11,11 +11,12 @@ from stowplan.core.errors import CompilationFailed, InfeasibleCapacity, InvalidA
 from stowplan.planner.packing.fallback import pack_in_python
 from stowplan.planner.packing.library import Method, OnProgress, library, run
 from stowplan.planner.packing.problem import FREE, Problem, Solution
+from stowplan.planner.packing.segments import Segments
 from stowplan.planner.packing.validate import Verdict, validate
 
 __all__ = ["Solver", "pack"]
 
-Solver = Literal["auto", "greedy", "exact", "python"]
+Solver = Literal["auto", "greedy", "exact", "python", "bilevel"]
 
 
 def pack(
@@ -23,6 +24,7 @@ def pack(
     *,
     capacity_bytes: int | None = None,
     solver: Solver = "auto",
+    segments: Segments | None = None,
     time_limit_seconds: float = 10.0,
     on_progress: OnProgress | None = None,
 ) -> Solution:
@@ -31,6 +33,8 @@ def pack(
     ``"auto"``: orders in one go, then exact search (small problems) and local search in turns until the bound is met.
     ``"greedy"``: the orders alone. ``"exact"``: the orders, then exact search alone, for up to 4000 buffers.
     ``"python"``: a few orders without compiled code, which ``auto`` and ``greedy`` fall back to, with a RuntimeWarning.
+
+    ``"bilevel"``: MEMO's two levels of MIPs, with ``segments`` or those that are found (bilevel.py); a baseline.
 
     Ends are padded to the alignment, also against ``capacity_bytes``. A time limit is met within some 50 ms once there
     is a first packing, which takes O(n log n) whatever the limit. A solution above the capacity: time ran out.
@@ -41,7 +45,11 @@ def pack(
     """
     _check(problem, capacity_bytes, solver, time_limit_seconds)
     method = _method(solver)
-    if method is None:
+    if solver == "bilevel":
+        from stowplan.planner.packing.bilevel import solve_bilevel
+
+        solution = solve_bilevel(problem, segments, time_limit_seconds, on_progress)
+    elif method is None:
         solution = pack_in_python(problem, max(problem.bound_bytes, capacity_bytes or 0), time_limit_seconds)
     else:
         solution = run(problem, method, capacity_bytes, time_limit_seconds, on_progress)
@@ -79,8 +87,8 @@ def _check(problem: Problem, capacity_bytes: int | None, solver: str, time_limit
 
 
 def _method(solver: Solver) -> Method | None:
-    """Which compiled method; None: Python."""
-    if solver == "python":
+    """Which compiled method; None: Python, or what calls others."""
+    if solver in ("bilevel", "python"):
         return None
     try:
         library()

@@ -12,8 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from stowplan.core.errors import NoLogits, PlanMismatch, StowplanError
 from stowplan.offload.blocks import Block
-from stowplan.offload.head import default_chunk_rows
-from stowplan.offload.head_logits import Logits
+from stowplan.offload.head.logits import Logits
+from stowplan.offload.head.loss import default_chunk_rows
 from stowplan.offload.intercept import Forward, Interception
 from stowplan.offload.observer import is_allocation_failure
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from stowplan.core.errors import InvalidArgument, NoLogits
-from stowplan.offload.head_logits import Logits
+from stowplan.offload.head.logits import Logits
 
 BATCH, TOKENS, FEATURES, CLASSES = 2, 6, 4, 10
 

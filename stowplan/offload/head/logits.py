@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from stowplan.core.errors import NoLogits
-from stowplan.offload.head import REDUCTIONS, chunked_loss, product_dtype
+from stowplan.offload.head.loss import REDUCTIONS, chunked_loss, product_dtype
 
 __all__ = ["Logits", "OnLoss"]
 

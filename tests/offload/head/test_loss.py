@@ -8,9 +8,9 @@ import torch.nn.functional as F
 
 from stowplan import linear_cross_entropy
 from stowplan.core.errors import InvalidArgument, StowplanError
-from stowplan.offload import head
-from stowplan.offload.head import default_chunk_rows
-from stowplan.offload.head_chunked import chunk_sizes
+from stowplan.offload.head import loss as head_loss
+from stowplan.offload.head.chunked import chunk_sizes
+from stowplan.offload.head.loss import default_chunk_rows
 from stowplan.offload.memory_log import memory_log
 
 ROWS, FEATURES, CLASSES, IGNORED = 23, 8, 50, -100
@@ -162,7 +162,7 @@ def test_no_gradient_is_made_where_none_is_asked_for(
     monkeypatch: pytest.MonkeyPatch, without_gradients: type[torch.no_grad]
 ) -> None:
     made = []
-    monkeypatch.setattr(head._Sums, "_add_to_weight", lambda *args: made.append(args))
+    monkeypatch.setattr(head_loss._Sums, "_add_to_weight", lambda *args: made.append(args))
     given = tensors()
     with without_gradients():
         loss = linear_cross_entropy(labels=labels(), **given)
