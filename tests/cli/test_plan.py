@@ -1,18 +1,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner, Result
 
-import stowplan
-from stowplan.cli import app
 from stowplan.core.plan import Plan
 from stowplan.reports.text import render
-from tests.plans import example_plan
+from tests.cli.commands import run, told
 
 JOB = """
 import torch
@@ -53,73 +48,11 @@ def wrong():
 """
 
 
-def run(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-@pytest.fixture
-def plan_file(tmp_path: Path) -> Path:
-    path = tmp_path / "plan.json"
-    example_plan().save(path)
-    return path
-
-
 @pytest.fixture
 def job_file(tmp_path: Path) -> Path:
     path = tmp_path / "the_job.py"
     path.write_text(JOB)
     return path
-
-
-def told(result: Result, code: int) -> str:
-    """The one line that a command that failed with ``code`` has to say; no traceback, nothing on stdout."""
-    assert result.exit_code == code, result.output
-    assert result.stdout == ""
-    lines = result.stderr.strip().splitlines()
-    assert "Traceback" not in result.stderr
-    return lines[-1]
-
-
-def test_version() -> None:
-    result = run("--version")
-    assert (result.exit_code, result.stdout) == (0, f"stowplan {stowplan.__version__}\n")
-
-
-# ---- report ----------------------------------------------------------------------------------------------------------
-
-
-def test_report_prints_the_text_report(plan_file: Path) -> None:
-    result = run("report", plan_file)
-    assert (result.exit_code, result.stdout, result.stderr) == (0, render(example_plan()), "")
-
-
-def test_report_as_json_is_the_plan(plan_file: Path) -> None:
-    result = run("report", plan_file, "--json")
-    assert result.exit_code == 0
-    assert result.stdout == plan_file.read_text()
-
-
-def test_report_of_no_file(tmp_path: Path) -> None:
-    line = told(run("report", tmp_path / "none.json"), 2)
-    assert line == f"stowplan: {tmp_path / 'none.json'}: No such file or directory"
-
-
-def test_report_of_a_directory(tmp_path: Path) -> None:
-    assert "Is a directory" in told(run("report", tmp_path), 2)
-
-
-def test_report_of_a_damaged_file(plan_file: Path) -> None:
-    plan_file.write_text(plan_file.read_text().replace('"budget_bytes"', '"budget"', 1))
-    line = told(run("report", plan_file), 2)
-    assert "$: unknown key 'budget'" in line
-    assert "Make it anew" in line
-
-
-def test_what_a_file_says_never_reaches_the_terminal_raw(plan_file: Path) -> None:
-    plan_file.write_text('{"format": "stowplan-plan", "version": "\\u001b[2J\\n[bold]"}')
-    result = run("report", plan_file)
-    assert "\x1b" not in result.stderr
-    assert "[bold]" in told(result, 2)
 
 
 # ---- plan: what is refused before anything is made -------------------------------------------------------------------
@@ -209,16 +142,3 @@ def test_plan_of_a_config(dtype: str, tmp_path: Path) -> None:
     assert plan.step.parameter_bytes == num_bytes * (
         2 * 100 * 64 + 3 * (64 * (64 + 32 + 32 + 64 + 3 * 128) + 2 * 64) + 64
     )
-
-
-# ---- demo ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_the_demo_ends_well(tmp_path: Path) -> None:
-    pytest.importorskip("transformers")
-    command = [sys.executable, "-m", "stowplan", "demo", "--quick", "--steps", "1", "--out", str(tmp_path)]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr
-    written = sorted(path.suffix for path in tmp_path.iterdir())
-    assert set(written) == {".json", ".txt"}

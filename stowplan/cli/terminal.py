@@ -1,0 +1,60 @@
+"""What all commands say in the same way: exit codes, progress, errors, files that cannot be written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+import typer
+
+from stowplan.core.errors import InfeasibleBudget, InvalidArgument, StowplanError
+
+__all__ = ["BAD_INPUT", "BROKEN", "INFEASIBLE", "fail", "refuse_missing_directory", "say", "told_errors"]
+
+BROKEN, BAD_INPUT, INFEASIBLE = 1, 2, 3
+
+
+def refuse_missing_directory(out: Path | None) -> None:
+    """Tell that a file cannot be written before the work for it is done. Raises InvalidArgument."""
+    if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
+        raise InvalidArgument(f"--out {str(out)!r} cannot be written: give a file in a directory that exists.")
+
+
+def say(progress: str) -> None:
+    """One line of progress on stderr."""
+    _print_line(progress, style="dim")
+
+
+@contextmanager
+def told_errors() -> Iterator[None]:
+    """Tell what the user can mend in one line and an exit code; a bug of ours keeps its traceback."""
+    try:
+        yield
+    except InfeasibleBudget as error:
+        fail(str(error), INFEASIBLE)
+    except StowplanError as error:
+        fail(str(error), BAD_INPUT)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        fail(f"{error.filename}: {error.strerror}", BAD_INPUT)
+    except Exception as error:
+        if not any("the model's forward" in note for note in getattr(error, "__notes__", ())):
+            raise
+        fail(f"the model's forward failed on the job's batch: {type(error).__name__}: {error}", BAD_INPUT)
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """Say ``message`` in one line on stderr and exit with ``code``."""
+    _print_line(f"stowplan: {message}", style="bold red")
+    raise typer.Exit(code)
+
+
+def _print_line(text: str, style: str) -> None:
+    from rich.console import Console
+
+    line = " ".join(part.strip() for part in text.splitlines())
+    printable = "".join(character if character.isprintable() else "?" for character in line)
+    Console(stderr=True).print(printable, style=style, markup=False, highlight=False, soft_wrap=True, emoji=False)
