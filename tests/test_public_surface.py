@@ -25,6 +25,7 @@ NAMES = [
     "InfeasibleBudget",
     "InvalidArgument",
     "InvalidPlanFile",
+    "InvalidSchedule",
     "InvalidSize",
     "Measurement",
     "MissingDependency",

@@ -8,6 +8,7 @@ StowplanError
 ├── BudgetExceeded                          a step took more than its plan promised; only with strict=True
 ├── PlanMismatch                            a plan meets a model or a batch it was not made for
 ├── InvalidPlanFile                         a plan file that cannot be read
+├── InvalidSchedule                         a pipeline schedule that is none, or that cannot be run; shows where
 ├── MissingDependency (also an ImportError) an optional package is needed; names the extra
 ├── CompilationFailed                    a library of ours cannot be compiled here; says why
 ├── SolverFailed                            the MIP solver gave no usable answer
@@ -27,6 +28,7 @@ __all__ = [
     "InfeasibleBudget",
     "InvalidArgument",
     "InvalidPlanFile",
+    "InvalidSchedule",
     "InvalidSize",
     "MissingDependency",
     "NoGradients",
@@ -142,6 +144,24 @@ class PlanMismatch(StowplanError):
 
 class InvalidPlanFile(StowplanError):
     """A plan file is damaged, of another version, or not a plan at all."""
+
+
+class InvalidSchedule(StowplanError):
+    """A pipeline schedule cannot be read, or cannot be run as it is.
+
+    Attributes:
+        problem: what is wrong, in one line.
+        device: the device with the wrong action, if there is one.
+        position: the place of that action in the device's order, from 0; its end where an action is missing.
+        grid: the actions around it, the wrong one marked.
+    """
+
+    def __init__(self, problem: str, device: int | None = None, position: int | None = None, grid: str = "") -> None:
+        self.problem, self.device, self.position, self.grid = problem, device, position, grid
+        super().__init__(f"{problem}\n{grid}" if grid else problem)
+
+    def __reduce__(self) -> tuple[type[InvalidSchedule], tuple[str, int | None, int | None, str]]:
+        return type(self), (self.problem, self.device, self.position, self.grid)
 
 
 class MissingDependency(StowplanError, ImportError):
