@@ -1,8 +1,8 @@
 """A pipeline schedule is data: for each device, an ordered list of actions such as ``0F3``, ``5I1``, ``5W1``.
 
-Stages are numbered along the model, microbatches along the batch. Everything else is a function of a schedule: checking,
-simulating, searching (``stowplan.planner.schedule``), drawing, running. Nothing here says that a schedule can be run:
-that is what ``stowplan.planner.schedule.check`` finds out.
+Stages are numbered along the model, microbatches along the batch. Everything else is a function of a schedule:
+checking, simulating, searching (``stowplan.planner.schedule``), drawing, running. Nothing here says that a schedule can
+be run: that is what ``stowplan.planner.schedule.check`` finds out.
 
 Two forms as text, which both load again: a grid with a line for each device (``0: 0F0 0F1 0I0 ...``), and the CSV
 that torch.distributed.pipelining calls ``compute_only``, with a row for each device and a cell for each action.
@@ -109,7 +109,7 @@ class Schedule:
 
     @classmethod
     def from_text(cls, text: str) -> Schedule:
-        """Read what ``to_text`` wrote; ``.`` is an idle cell and skipped. Raises InvalidSchedule with line and column."""
+        """Read what ``to_text`` wrote; ``.`` is an idle cell, and skipped. Raises InvalidSchedule."""
         lines = [(number, line) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
         orders = []
         for device, (number, line) in enumerate(lines):
@@ -160,7 +160,7 @@ class Schedule:
 
 
 def loop_placement(num_devices: int, stages_per_device: int = 1) -> tuple[int, ...]:
-    """The device of each stage, where stages go round the devices: 0, 1, … p−1, 0, 1, …"""
+    """The device of each stage, where stages go round the devices: 0, 1, … p−1, 0, 1 and so on."""
     _refuse_no_count(num_devices=num_devices, stages_per_device=stages_per_device)
     return tuple(range(num_devices)) * stages_per_device
 

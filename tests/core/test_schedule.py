@@ -35,7 +35,7 @@ def test_an_action_is_read_as_it_is_written(stage: int, kind: Kind, microbatch: 
     assert str(action) == f"{stage}{kind.value}{microbatch}"
 
 
-@pytest.mark.parametrize("text", ["", "F", "1F", "F1", "1X2", "-1F0", "1F-1", "1SEND_F0", "1f0", "(0F0;1B0)OVERLAP_F_B"])
+@pytest.mark.parametrize("text", ["", "F", "1F", "F1", "1X2", "-1F0", "1F-1", "1SEND_F0", "1f0", "(0F0;1B0)OVERLAP"])
 def test_what_is_no_action_is_refused(text: str) -> None:
     with pytest.raises(InvalidSchedule, match="is no action: an action is a stage"):
         Action.parse(text)
@@ -89,7 +89,7 @@ def test_placements() -> None:
     assert v_placement(3) == (0, 1, 2, 2, 1, 0)
     with pytest.raises(InvalidArgument, match="num_devices=0"):
         v_placement(0)
-    with pytest.raises(InvalidArgument, match="stages_per_device=1.5"):
+    with pytest.raises(InvalidArgument, match=r"stages_per_device=1\.5"):
         loop_placement(2, 1.5)  # type: ignore[arg-type]
 
 
