@@ -198,5 +198,5 @@ def _grid(cells: Sequence[Sequence[str]], devices: range) -> str:
 
 def _refuse_no_count(**counts: int) -> None:
     for name, count in counts.items():
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        if type(count) is not int or count < 1:
             raise InvalidArgument(f"{name}={count!r} is no number of them: give an int from 1 up.")
