@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from stowplan.core.errors import (
         BudgetExceeded,
         InfeasibleBudget,
+        InfeasibleSchedule,
         InvalidArgument,
         InvalidPlanFile,
         InvalidSchedule,
@@ -53,6 +54,7 @@ __all__ = [
     "BudgetExceeded",
     "Hardware",
     "InfeasibleBudget",
+    "InfeasibleSchedule",
     "InvalidArgument",
     "InvalidPlanFile",
     "InvalidSchedule",

@@ -23,6 +23,7 @@ NAMES = [
     "BudgetExceeded",
     "Hardware",
     "InfeasibleBudget",
+    "InfeasibleSchedule",
     "InvalidArgument",
     "InvalidPlanFile",
     "InvalidSchedule",

@@ -4,6 +4,7 @@ StowplanError
 ├── InvalidArgument (also a ValueError)     what was given, what is allowed, what to do
 │   └── InvalidSize                         a size that is no byte count
 ├── InfeasibleBudget                        no plan fits; names the least feasible budget
+├── InfeasibleSchedule                      no pipeline schedule stays within the limit; names the least feasible one
 ├── UnsupportedModel                        the model cannot be captured or hooked as it is
 ├── BudgetExceeded                          a step took more than its plan promised; only with strict=True
 ├── PlanMismatch                            a plan meets a model or a batch it was not made for
@@ -26,6 +27,7 @@ __all__ = [
     "BudgetExceeded",
     "CompilationFailed",
     "InfeasibleBudget",
+    "InfeasibleSchedule",
     "InvalidArgument",
     "InvalidPlanFile",
     "InvalidSchedule",
@@ -85,6 +87,28 @@ class InfeasibleBudget(StowplanError):
 
     def __reduce__(self) -> tuple[type[InfeasibleBudget], tuple[int, int, int | None, str]]:
         return type(self), (self.budget_bytes, self.least_bytes, self.host_budget_bytes, self.advice)
+
+
+class InfeasibleSchedule(StowplanError):
+    """No pipeline schedule stays within the limit on every device.
+
+    Attributes:
+        limit_bytes: the limit that was asked for.
+        least_bytes: the smallest limit that a schedule was found for: one microbatch at a time.
+    """
+
+    def __init__(self, limit_bytes: int, least_bytes: int) -> None:
+        from stowplan.core.units import format_bytes
+
+        self.limit_bytes, self.least_bytes = limit_bytes, least_bytes
+        super().__init__(
+            f"no pipeline schedule stays within {format_bytes(limit_bytes)} ({limit_bytes} bytes) on every device; "
+            f"the least limit is {format_bytes(least_bytes)} ({least_bytes} bytes), which takes one microbatch at a "
+            f"time. Raise the limit to that, make microbatches smaller, or use more devices."
+        )
+
+    def __reduce__(self) -> tuple[type[InfeasibleSchedule], tuple[int, int]]:
+        return type(self), (self.limit_bytes, self.least_bytes)
 
 
 class UnsupportedModel(StowplanError):

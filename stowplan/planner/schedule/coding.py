@@ -1,7 +1,7 @@
 """Actions as whole numbers, for the loops that see each of them.
 
-The code of an action is ``(kind · num_stages + stage) · num_microbatches + microbatch``. So the forward pass that F waits
-for is ``num_microbatches`` below it, and the input gradient that I waits for as many above it;
+The code of an action is ``(kind · num_stages + stage) · num_microbatches + microbatch``. So the forward pass that F
+waits for is ``num_microbatches`` below it, and the input gradient that I waits for as many above it;
 ``code // num_microbatches`` is the row of kind and stage in tables of seconds and bytes.
 """
 

@@ -11,6 +11,7 @@ cool-down a weight gradient gives way to every other pass: others wait for those
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,7 @@ from stowplan.core.errors import InvalidArgument
 from stowplan.core.schedule import Schedule, v_placement
 from stowplan.planner.schedule.coding import F, I, W, decode
 
-__all__ = ["BLOCKS", "PERIOD", "Ticks", "v_half_block", "v_min_block", "v_schedule", "v_zb_block"]
+__all__ = ["BLOCKS", "PERIOD", "Ticks", "two_speed_block", "v_half_block", "v_min_block", "v_schedule", "v_zb_block"]
 
 Integers = npt.NDArray[np.int64]
 
@@ -32,13 +33,23 @@ _LATE = _NEVER // 2  # after all that is not
 
 @dataclass(frozen=True, eq=False)
 class Ticks:
-    """A block: when the first microbatch's F0, F1, I0 and I1 begin, int64 [device, 4]."""
+    """A block: when the first microbatch's F0, F1, I0 and I1 begin, int64 [device, 4]; each next one's a period later.
+
+    A ``period`` longer than ``PERIOD``, the work of a microbatch, leaves devices idle and fewer activations in memory.
+    """
 
     begins: Integers
+    period: int = PERIOD
 
     @property
     def num_devices(self) -> int:
         return len(self.begins)
+
+    @property
+    def life_microbatches(self) -> float:
+        """What repeating takes: the ticks that activations live on a device (W right after I), in whole periods."""
+        first, second, last, before = self.begins.T
+        return float((last - first + before - second + 4).max() / (2 * self.period))
 
 
 def _block(num_devices: int, f0: Integers, f1: Integers, i0: Integers, i1: Integers) -> Ticks:
@@ -85,7 +96,7 @@ def _repeat_and_fill(block: Ticks, num_microbatches: int) -> Integers:
     """When each pass begins, int64 [device, pass, microbatch]; weight gradients in the order of input gradients."""
     p = block.num_devices
     begins = np.empty((p, 6, num_microbatches), dtype=np.int64)
-    begins[:, :W0] = block.begins[:, :, None] + PERIOD * np.arange(num_microbatches)
+    begins[:, :W0] = block.begins[:, :, None] + block.period * np.arange(num_microbatches)
     for device in range(p):
         taken = begins[device, :W0].ravel()
         if len(np.unique(taken)) != len(taken):
@@ -179,3 +190,26 @@ def _as_schedule(passes: list[Integers], num_microbatches: int) -> Schedule:
             codes[types == number] = first + np.arange(num_microbatches)
         orders.append(codes.tolist())
     return decode(orders, v_placement(p), num_microbatches)
+
+
+def two_speed_block(
+    num_devices: int, near: tuple[int, int], far: tuple[int, int], num_near: int, period: int = PERIOD
+) -> Ticks | None:
+    """A block whose passes take ``near`` ticks on each of the first ``num_near`` ways between devices, then ``far``.
+
+    The first number of each is for F0 and I1, which go up, the second for F1 and I0, which come back (section 4.2 of
+    the paper). At the turns passes wait as few ticks as let no two begin together; None where there is no such wait.
+    """
+    speeds = np.array([near if way < num_near else far for way in range(num_devices - 1)], dtype=np.int64)
+    up = np.concatenate([[0], np.cumsum(speeds.reshape(-1, 2)[:, 0])])
+    down = np.concatenate([np.cumsum(speeds.reshape(-1, 2)[::-1, 1])[::-1], [0]])
+    f1 = up[-1] + down + _TURNS[:, :1]
+    i1 = f1[:, :1] + up + _TURNS[:, 1:2]
+    i0 = i1[:, -1:] + down + _TURNS[:, 2:]
+    begins = np.stack([np.broadcast_to(up, f1.shape), f1, i0, i1], axis=2)
+    phases = np.sort(begins % period, axis=2)
+    apart = (np.diff(phases, axis=2) > 0).all(axis=(1, 2))
+    return Ticks(begins[apart.argmax()], period) if apart.any() else None
+
+
+_TURNS = np.array(sorted(product(range(1, PERIOD + 1), repeat=3), key=sum))
