@@ -15,10 +15,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from stowplan.core.errors import (
         BudgetExceeded,
+        CompilationFailed,
         InfeasibleBudget,
+        InfeasibleCapacity,
         InfeasibleSchedule,
         InvalidArgument,
         InvalidPlanFile,
+        InvalidProblemFile,
         InvalidSchedule,
         InvalidSize,
         MissingDependency,
@@ -52,11 +55,14 @@ __version__ = "0.1.0"
 __all__ = [
     "Action",
     "BudgetExceeded",
+    "CompilationFailed",
     "Hardware",
     "InfeasibleBudget",
+    "InfeasibleCapacity",
     "InfeasibleSchedule",
     "InvalidArgument",
     "InvalidPlanFile",
+    "InvalidProblemFile",
     "InvalidSchedule",
     "InvalidSize",
     "Measurement",

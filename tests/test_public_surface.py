@@ -21,11 +21,14 @@ ROOT = Path(__file__).parent.parent
 NAMES = [
     "Action",
     "BudgetExceeded",
+    "CompilationFailed",
     "Hardware",
     "InfeasibleBudget",
+    "InfeasibleCapacity",
     "InfeasibleSchedule",
     "InvalidArgument",
     "InvalidPlanFile",
+    "InvalidProblemFile",
     "InvalidSchedule",
     "InvalidSize",
     "Measurement",
@@ -76,6 +79,17 @@ FLAGS = {
         "--out",
     ],
     "report": ["file", "--json"],
+    "pack": [
+        "file",
+        "--capacity",
+        "--alignment",
+        "--keep-offsets",
+        "--solver",
+        "--time-limit",
+        "--out",
+        "--picture",
+        "--json",
+    ],
     "demo": ["--out", "--steps", "--quick"],
     "doctor": ["--json"],
 }
@@ -123,7 +137,7 @@ def test_the_flags_of_every_command_are_frozen() -> None:
     assert flags == FLAGS
 
 
-@pytest.mark.parametrize("name", ["plan", "report", "demo", "doctor"])
+@pytest.mark.parametrize("name", ["plan", "report", "pack", "demo", "doctor"])
 def test_every_command_has_examples(name: str) -> None:
     result = _run("-m", "stowplan", name, "--help")
     assert f"Examples:\n\n    stowplan {name}" in result.stdout
@@ -148,7 +162,7 @@ def test_importing_the_package_is_light() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["plan", "--help"], ["report", "PLAN"], ["report", "PLAN", "--json"]]
+    "arguments", [["--help"], ["plan", "--help"], ["pack", "--help"], ["report", "PLAN"], ["report", "PLAN", "--json"]]
 )
 def test_help_and_reports_are_light(arguments: list[str], tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
@@ -164,3 +178,19 @@ except SystemExit as end:
     assert not end.code
 """
     assert _imported_by(code) & HEAVY == set()
+
+
+def test_packing_needs_neither_torch_nor_a_mip_solver(tmp_path: Path) -> None:
+    file = tmp_path / "buffers.csv"
+    file.write_text("id,lower,upper,size\na,0,1,1\n")
+    arguments = ["pack", str(file), "--picture", str(tmp_path / "map.html"), "--json"]
+    code = f"""
+import sys
+from stowplan.cli import main
+sys.argv = ["stowplan", *{arguments!r}]
+try:
+    main()
+except SystemExit as end:
+    assert not end.code
+"""
+    assert _imported_by(code) & HEAVY == {"numpy"}

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 import stowplan
-from stowplan.cli import demo, doctor, plan, report
+from stowplan.cli import demo, doctor, pack, plan, report
 
 __all__ = ["app", "main"]
 
@@ -50,5 +50,6 @@ def _root(
 
 app.command("plan", epilog=plan.EXAMPLES)(plan.plan_command)
 app.command("report", epilog=report.EXAMPLES)(report.report_command)
+app.command("pack", epilog=pack.EXAMPLES)(pack.pack_command)
 app.command("demo", epilog=demo.EXAMPLES)(demo.demo_command)
 app.command("doctor", epilog=doctor.EXAMPLES)(doctor.doctor_command)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from stowplan.cli.files import refuse_missing_directory
 from stowplan.cli.report import print_plan
-from stowplan.cli.terminal import refuse_missing_directory, say, told_errors
+from stowplan.cli.terminal import say, told_errors
 from stowplan.core.errors import InvalidArgument
 from stowplan.jobs import OptimizerName, Precision, job_from_config, job_from_function
 

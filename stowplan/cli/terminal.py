@@ -1,25 +1,18 @@
-"""What all commands say in the same way: exit codes, progress, errors, files that cannot be written."""
+"""What all commands say in the same way: exit codes, progress, errors."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import NoReturn
 
 import typer
 
-from stowplan.core.errors import InfeasibleBudget, InvalidArgument, StowplanError
+from stowplan.core.errors import InfeasibleBudget, StowplanError
 
-__all__ = ["BAD_INPUT", "BROKEN", "INFEASIBLE", "fail", "refuse_missing_directory", "say", "told_errors"]
+__all__ = ["BAD_INPUT", "BROKEN", "INFEASIBLE", "fail", "say", "told_errors"]
 
 BROKEN, BAD_INPUT, INFEASIBLE = 1, 2, 3
-
-
-def refuse_missing_directory(out: Path | None) -> None:
-    """Tell that a file cannot be written before the work for it is done. Raises InvalidArgument."""
-    if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
-        raise InvalidArgument(f"--out {str(out)!r} cannot be written: give a file in a directory that exists.")
 
 
 def say(progress: str) -> None:

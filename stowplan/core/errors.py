@@ -5,11 +5,13 @@ StowplanError
 │   └── InvalidSize                         a size that is no byte count
 ├── InfeasibleBudget                        no plan fits; names the least feasible budget
 ├── InfeasibleSchedule                      no pipeline schedule stays within the limit; names the least feasible one
+├── InfeasibleCapacity                      proved: no addresses fit; says how it is known
 ├── UnsupportedModel                        the model cannot be captured or hooked as it is
 ├── BudgetExceeded                          a step took more than its plan promised; only with strict=True
 ├── PlanMismatch                            a plan meets a model or a batch it was not made for
 ├── InvalidPlanFile                         a plan file that cannot be read
 ├── InvalidSchedule                         a pipeline schedule that is none, or that cannot be run; shows where
+├── InvalidProblemFile                      a packing problem's CSV file that cannot be read
 ├── MissingDependency (also an ImportError) an optional package is needed; names the extra
 ├── CompilationFailed                    a library of ours cannot be compiled here; says why
 ├── SolverFailed                            the MIP solver gave no usable answer
@@ -27,9 +29,11 @@ __all__ = [
     "BudgetExceeded",
     "CompilationFailed",
     "InfeasibleBudget",
+    "InfeasibleCapacity",
     "InfeasibleSchedule",
     "InvalidArgument",
     "InvalidPlanFile",
+    "InvalidProblemFile",
     "InvalidSchedule",
     "InvalidSize",
     "MissingDependency",
@@ -111,6 +115,28 @@ class InfeasibleSchedule(StowplanError):
         return type(self), (self.limit_bytes, self.least_bytes)
 
 
+class InfeasibleCapacity(StowplanError):
+    """No addresses for all buffers are within the capacity: proved, never guessed.
+
+    Attributes:
+        capacity_bytes: what was asked for.
+        least_bytes: proved: no capacity below can do. Whether this one can is not said.
+        proof: how that is known.
+    """
+
+    def __init__(self, capacity_bytes: int, least_bytes: int, proof: str) -> None:
+        self.capacity_bytes = capacity_bytes
+        self.least_bytes = least_bytes
+        self.proof = proof
+        super().__init__(
+            f"no addresses are within {capacity_bytes} bytes; it takes at least {least_bytes}: {proof}. Raise the "
+            f"capacity, or leave it out for the least that is found."
+        )
+
+    def __reduce__(self) -> tuple[type[InfeasibleCapacity], tuple[int, int, str]]:
+        return type(self), (self.capacity_bytes, self.least_bytes, self.proof)
+
+
 class UnsupportedModel(StowplanError):
     """The model cannot be captured or hooked as it is; the message says what to change."""
 
@@ -186,6 +212,10 @@ class InvalidSchedule(StowplanError):
 
     def __reduce__(self) -> tuple[type[InvalidSchedule], tuple[str, int | None, int | None, str]]:
         return type(self), (self.problem, self.device, self.position, self.grid)
+
+
+class InvalidProblemFile(StowplanError):
+    """A packing problem's CSV file is no such table, or one of its cells cannot be; names line and column."""
 
 
 class MissingDependency(StowplanError, ImportError):

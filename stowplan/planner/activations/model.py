@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from stowplan.core.program import Action, BlockProgram
 from stowplan.planner.activations.problem import Problem, ProgramChoices
-from stowplan.planner.activations.rows import Rows, Variable
+from stowplan.planner.rows import Rows, Variable
 
 __all__ = ["Cell", "Scale", "add_cell", "add_device_rows", "add_host_row", "add_time_rows"]
 

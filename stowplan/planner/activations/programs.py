@@ -17,7 +17,7 @@ from stowplan.planner.activations.model import (
 )
 from stowplan.planner.activations.problem import Problem
 from stowplan.planner.activations.rounding import Fractions, decide
-from stowplan.planner.activations.rows import Answer, Rows
+from stowplan.planner.rows import Answer, Rows
 
 __all__ = ["Found", "Relaxation", "least_memory", "least_seconds", "relax"]
 

@@ -51,12 +51,15 @@ class Problem:
             given = getattr(self, name)
             if given is not None:
                 object.__setattr__(self, name, np.ascontiguousarray(given, dtype=np.int64))
-        if self.alignment < 1:
-            raise InvalidArgument(f"alignment={self.alignment}: give a positive number of bytes.")
+        if not 1 <= self.alignment <= _MOST_BYTES:
+            raise InvalidArgument(f"alignment={self.alignment}: give a positive number of bytes, up to 2**60.")
         self._refuse(self.upper <= self.lower, "its lifetime [lower, upper) is empty: upper must be above lower")
         self._refuse(self.size <= 0, "its size is not positive: leave such buffers out")
-        if float(self.size.astype(np.float64).sum()) > _MOST_BYTES:
-            raise InvalidArgument(f"the sizes add up to more than 2**60 bytes: {self.size.astype(np.float64).sum():g}.")
+        padded = float(np.ceil(self.size / self.alignment).sum()) * self.alignment
+        if padded > _MOST_BYTES:
+            raise InvalidArgument(
+                f"the sizes, padded to the alignment ({self.alignment}), add up to more than 2**60 bytes: {padded:g}."
+            )
         if self.fixed is not None:
             placed = self.fixed != FREE
             self._refuse(placed & (self.fixed < 0), f"its fixed offset is negative; {FREE} says that there is none")
@@ -87,13 +90,19 @@ class Problem:
 
     @cached_property
     def bound_bytes(self) -> int:
-        """The most bytes that are alive together, padded to the alignment: no addresses can do with less."""
+        """The most bytes that are alive together, or where the highest fixed buffer ends, padded to the alignment.
+
+        No addresses can do with less.
+        """
         if not len(self):
             return 0
+        highest = (
+            0 if self.fixed is None else int(np.where(self.fixed == FREE, 0, self.fixed + self.aligned_size).max())
+        )
         times = np.concatenate([self.upper, self.lower])
         changes = np.concatenate([-self.aligned_size, self.aligned_size])
         order = np.lexsort((changes, times))  # what ends at a time goes before what begins
-        return int(np.cumsum(changes[order]).max())
+        return max(highest, int(np.cumsum(changes[order]).max()))
 
 
 @dataclass(frozen=True, eq=False)

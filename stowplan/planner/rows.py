@@ -11,7 +11,7 @@ try:
 except ImportError as error:  # pragma: no cover
     from stowplan.core.errors import MissingDependency
 
-    raise MissingDependency("planning needs a MIP solver: pip install pulp highspy (or stowplan[plan]).") from error
+    raise MissingDependency("this needs a MIP solver: pip install pulp highspy (or stowplan[plan]).") from error
 
 from stowplan.core.errors import SolverFailed
 
@@ -36,7 +36,7 @@ class Rows:
     """A linear program under construction; every row is a sum of (variable, coefficient) pairs against a number."""
 
     def __init__(self) -> None:
-        self._problem = pulp.LpProblem("activations", pulp.LpMinimize)
+        self._problem = pulp.LpProblem("program", pulp.LpMinimize)
         self._num_variables = 0
 
     def variable(self, least: float | None = 0.0, most: float | None = None, *, integer: bool = False) -> Variable:

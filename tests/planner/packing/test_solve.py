@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stowplan.core.errors import CompilationFailed, InfeasibleCapacity, InvalidArgument
+from stowplan.planner.packing import FREE, Problem, library, pack, validate
+from tests.planner.packing.problems import (
+    DSA_CAPACITY,
+    DSA_NAMES,
+    churn,
+    dsa,
+    first_fit,
+    height,
+    problems,
+    with_fixed,
+)
+
+SOLVERS = ("auto", "greedy", "exact", "python")
+
+
+def check(problem, solution, capacity_bytes=None):
+    assert validate(problem, solution.offsets, capacity_bytes) is None
+    assert solution.height_bytes == height(problem, solution.offsets.tolist())
+    assert problem.bound_bytes <= solution.bound_bytes <= solution.height_bytes
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@given(problem=problems())
+def test_addresses_are_valid_and_no_higher_than_first_fit_by_size(solver, problem):
+    solution = pack(problem, solver=solver, time_limit_seconds=0.05)
+    check(problem, solution)
+    by_size = sorted(range(len(problem)), key=lambda i: -problem.aligned_size[i])
+    assert solution.height_bytes <= height(problem, first_fit(problem, by_size, [FREE] * len(problem)))
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@given(problem=problems(most=15), data=st.data())
+def test_fixed_buffers_stay(solver, problem, data):
+    free = pack(problem, solver="python")
+    which = np.array(data.draw(st.lists(st.booleans(), min_size=len(problem), max_size=len(problem))), dtype=bool)
+    moved = free.offsets + data.draw(st.integers(0, 3)) * problem.alignment
+    fixed = with_fixed(problem, moved, which)
+    solution = pack(fixed, solver=solver, time_limit_seconds=0.05)
+    check(fixed, solution)
+    assert (solution.offsets[which] == moved[which]).all()
+
+
+@pytest.mark.parametrize("name", DSA_NAMES)
+def test_the_six_problems_fit(name):
+    problem = dsa(name)
+    solution = pack(problem, capacity_bytes=DSA_CAPACITY, time_limit_seconds=120)
+    check(problem, solution, DSA_CAPACITY)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_few_buffers(solver):
+    assert pack(Problem([], [], []), solver=solver).height_bytes == 0
+    one = pack(Problem([3], [4], [10], alignment=8), solver=solver)
+    assert (one.offsets.tolist(), one.height_bytes, one.bound_bytes, one.gap) == ([0], 16, 16, 0.0)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_extreme_numbers(solver):
+    largest = pack(Problem([-(2**63), 0], [2**63 - 1, 1], [2**59, 2**59]), solver=solver)
+    assert largest.height_bytes == 2**60
+    fixed = Problem([0, 0], [1, 1], [2**59, 2**59], fixed=[2**60, FREE])
+    assert pack(fixed, solver=solver).offsets.tolist() == [2**60, 0]
+    equal = pack(Problem([0] * 300, [1] * 300, [7] * 300), solver=solver, time_limit_seconds=0.5)
+    assert sorted(equal.offsets.tolist()) == list(range(0, 2100, 7))
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_what_is_alive_together_proves(solver):
+    problem = Problem([0, 0], [1, 1], [30, 40], alignment=8)
+    with pytest.raises(InfeasibleCapacity, match=r"within 71 bytes; it takes at least 72: so many are alive") as caught:
+        pack(problem, capacity_bytes=71, solver=solver)
+    assert (caught.value.capacity_bytes, caught.value.least_bytes) == (71, 72)
+    assert pack(problem, capacity_bytes=72, solver=solver).height_bytes == 72
+
+
+def test_a_capacity_ends_the_search():
+    problem = churn(3000)
+    loose = int(1.5 * problem.bound_bytes)
+    solution = pack(problem, capacity_bytes=loose, time_limit_seconds=60)
+    assert solution.height_bytes <= loose
+    assert solution.seconds < 60
+
+
+def test_local_search_betters_the_orders():
+    problem = churn(6000)
+    greedy, auto = pack(problem, solver="greedy"), pack(problem, time_limit_seconds=10)
+    assert auto.height_bytes < greedy.height_bytes or auto.gap == 0
+
+
+def test_progress_is_told_and_may_stop():
+    told = []
+    problem = dsa("D")  # the least height above its bound is not known
+
+    def stop_at_the_third(*report):
+        told.append(report)
+        return len(told) == 3
+
+    solution = pack(problem, time_limit_seconds=60, on_progress=stop_at_the_third)
+    assert len(told) == 3
+    heights, bounds, seconds = zip(*told, strict=True)
+    assert sorted(heights, reverse=True) == list(heights)
+    assert heights[-1] >= solution.height_bytes >= solution.bound_bytes >= bounds[-1] >= problem.bound_bytes
+    assert sorted(seconds) == list(seconds)
+    assert solution.seconds < 60
+
+
+def test_what_progress_raises_comes_out():
+    def fail(*report):
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        pack(dsa("D"), on_progress=fail)
+
+
+def test_no_time_is_enough_for_an_answer():
+    problem = churn(20_000)
+    for solver in ("auto", "greedy", "python"):
+        small = problem if solver != "python" else churn(500)
+        check(small, pack(small, solver=solver, time_limit_seconds=0))
+
+
+def test_many_threads_at_once():
+    wanted = pack(churn(500), solver="greedy").height_bytes
+    heights = []
+    threads = [
+        threading.Thread(target=lambda: heights.append(pack(churn(500), solver="greedy").height_bytes))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert heights == [wanted] * 4
+
+
+@pytest.mark.parametrize(
+    ("given_", "message"),
+    [
+        ({"solver": "best"}, "solver='best': give one of auto, greedy, exact, python"),
+        ({"time_limit_seconds": float("nan")}, "time_limit_seconds=nan"),
+        ({"time_limit_seconds": -1}, "time_limit_seconds=-1"),
+        ({"capacity_bytes": -1}, "capacity_bytes=-1"),
+        ({"capacity_bytes": 2**62}, "below 2\\*\\*62"),
+    ],
+)
+def test_arguments_that_are_none(given_, message):
+    with pytest.raises(InvalidArgument, match=message):
+        pack(Problem([0], [1], [1]), **given_)
+
+
+def test_fixed_buffers_that_overlap():
+    problem = Problem([0, 0, 0], [2, 2, 2], [4, 5, 5], fixed=[0, FREE, 3], names=["a", "b", "c"])
+    with pytest.raises(InvalidArgument, match=r"buffers a and c share bytes: \[0, 4\) and \[3, 8\)"):
+        pack(problem)
+
+
+def test_too_many_for_the_exact_search():
+    one = dsa("A")
+    shifts = np.repeat(np.arange(30) * int(one.upper.max()), len(one))  # thirty times, one after the other
+    many = Problem(np.tile(one.lower, 30) + shifts, np.tile(one.upper, 30) + shifts, np.tile(one.size, 30))
+    with pytest.raises(InvalidArgument, match=r'4620 buffers are too many for the exact search.*solver="auto"'):
+        pack(many, solver="exact", time_limit_seconds=1)
+
+
+def test_without_a_compiler(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(library, "_HERE", tmp_path)  # no prebuilt library either
+    library.library.cache_clear()
+    problem = churn(50)
+    with pytest.warns(RuntimeWarning, match=r'solver="python", which is slow .*CXX=.no-such-compiler'):
+        solution = pack(problem)
+    check(problem, solution)
+    assert solution.solver == "python"
+    with pytest.raises(CompilationFailed):
+        pack(problem, solver="exact")
+    library.library.cache_clear()
+
+
+@given(problem=problems(most=25))
+def test_python_and_compiled_answer_alike(problem):
+    slow, quick = pack(problem, solver="python"), pack(problem, time_limit_seconds=0.05)
+    assert slow.bound_bytes == problem.bound_bytes <= quick.bound_bytes
+    assert quick.height_bytes <= slow.height_bytes
