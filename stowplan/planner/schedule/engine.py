@@ -22,6 +22,7 @@ __all__ = ["Pipeline", "Rule", "Run", "Steps", "keys_of", "run"]
 # Passes of a device, and the code of one is NUM_PASSES · microbatch + pass.
 F0, F1, I0, I1, W0, W1 = range(6)
 NUM_PASSES = 6
+_SETUP = 4  # a run that ends at once takes as long as this part of a whole one
 _FIRST_PASS = {Kind.FORWARD: F0, Kind.INPUT_GRADIENT: I0, Kind.WEIGHT_GRADIENT: W0, Kind.BACKWARD: I0}
 
 
@@ -197,7 +198,7 @@ def run(  # noqa: PLR0912, PLR0915 - one loop that sees every pass; calls would 
             other = device + 1 if kind in (F0, I1) else device - 1
             if 0 <= other < p and free[other] <= end + delay:
                 heappush(events, (end + delay, other))
-    steps.left -= p * last - left
+    steps.left -= p * last - left + p * last // _SETUP
     return None if left else Run(orders, begins, max(free))
 
 
