@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -56,6 +57,7 @@ class Hunt:
         self.random = np.random.default_rng(seed)
         self.entries: list[Entry] = []
         self.enough_seconds = 0.0
+        self.least_bytes = sys.maxsize  # the lowest peak of what was simulated, whether it fits or not
 
     @property
     def best(self) -> Entry:
@@ -72,6 +74,7 @@ class Hunt:
     def take(self, schedule: Schedule, origin: str) -> float | None:
         """Keep ``schedule`` if it fits; its step time, or None."""
         timeline = self.limit.timeline(schedule)
+        self.least_bytes = min(self.least_bytes, max(timeline.peaks_bytes))
         if not self.limit.holds(timeline):
             return None
         self.entries.append(Entry(timeline, origin))
@@ -87,14 +90,12 @@ class Hunt:
                 named_seconds[name] = seconds
         for start in starts:
             self.take(start, "start")
-        placements = (v_placement(p), loop_placement(p, 2), loop_placement(p))
-        for placement in placements:
-            if not self.entries or placement == placements[0]:
+        for placement in (v_placement(p), loop_placement(p, 2), loop_placement(p)):
+            if not self.entries or placement == v_placement(p):
                 self.take(one_at_a_time(placement, m), "one at a time")
         if not self.entries:
-            least = min(max(self.limit.timeline(one_at_a_time(placement, m)).peaks_bytes) for placement in placements)
             assert self.limit.limit_bytes is not None  # one microbatch fits one microbatch
-            raise InfeasibleSchedule(self.limit.limit_bytes, least)
+            raise InfeasibleSchedule(self.limit.limit_bytes, self.least_bytes)
         return named_seconds
 
     def repeat_blocks(self) -> None:
@@ -174,7 +175,7 @@ class Hunt:
         best_seconds = self.best.step_seconds
         plain_turns = len(leaders) * len(_RULES)
         turn = 0
-        while not self.over and best_seconds > self.enough_seconds * (1 + _SAME):
+        while leaders and not self.over and best_seconds > self.enough_seconds * (1 + _SAME):
             place = turn % len(leaders)
             seconds, keys = leaders[place]
             if turn < plain_turns:
