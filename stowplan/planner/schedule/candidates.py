@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import lru_cache
 from itertools import product
 
 from stowplan.core.errors import InvalidArgument
@@ -50,20 +51,29 @@ def blocks_near(num_devices: int, limit_microbatches: float, most: int) -> list[
     least = (p + 1) / 3  # activations live for 4p + 4 ticks at least: less memory takes a longer period
     first = PERIOD if limit_microbatches >= least else math.ceil(PERIOD * least / limit_microbatches)
     periods = (PERIOD,) if first == PERIOD else range(first, first + _NUM_PERIODS)
-    switches = sorted({1 + round(i * (p - 2) / (_MOST_SWITCHES - 1)) for i in range(_MOST_SWITCHES)} & set(range(1, p)))
     found: list[tuple[float, int, Ticks]] = [
         (abs(limit_microbatches - block.life_microbatches), -1, block)
         for block in (make(p) for make in BLOCKS.values())
     ]
-    for near, far, period in product(_SPEEDS, _SPEEDS, periods):
-        for num_near in switches if near != far else switches[:1]:
-            block = two_speed_block(p, near, far, num_near, period)
-            if block is None:
-                continue
+    for period in periods:
+        for block in _two_speed_blocks(p, period):
             room = limit_microbatches - block.life_microbatches
             if -_LARGER <= room <= _SMALLER:
                 found.append((abs(room), len(found), block))
     return [block for _, _, block in sorted(found, key=lambda item: item[:2])[:most]]
+
+
+@lru_cache(maxsize=16)
+def _two_speed_blocks(num_devices: int, period: int) -> tuple[Ticks, ...]:
+    p = num_devices
+    switches = sorted({1 + round(i * (p - 2) / (_MOST_SWITCHES - 1)) for i in range(_MOST_SWITCHES)} & set(range(1, p)))
+    blocks = []
+    for near, far in product(_SPEEDS, repeat=2):
+        for num_near in switches if near != far else switches[:1]:
+            block = two_speed_block(p, near, far, num_near, period)
+            if block is not None:
+                blocks.append(block)
+    return tuple(blocks)
 
 
 def block_keys(block: Ticks, num_microbatches: int, costs: Costs) -> list[list[float]]:

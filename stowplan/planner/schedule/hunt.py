@@ -112,8 +112,8 @@ class Hunt:
                 timeline = self.limit.timeline(schedule)
                 if self.limit.holds(timeline):
                     ranked.append((timeline.step_seconds, len(ranked), block, int(2 * room)))
-                if few == self.num_microbatches:
-                    self.entries += [Entry(timeline, "repeated block")] if self.limit.holds(timeline) else []
+                    if few == self.num_microbatches:
+                        self.entries.append(Entry(timeline, "repeated block"))
         if few < self.num_microbatches:
             for _, _, block, most in sorted(ranked, key=lambda item: item[:2])[:_NUM_LEADERS]:
                 self.take(self._repeated(block, self.num_microbatches, most), "repeated block")
