@@ -75,15 +75,14 @@ class PipelineReport:
         """``level`` with its unit."""
         if self.in_bytes:
             return format_bytes(level)
-        microbatches = level / self.per_microbatch
-        return f"{microbatches:g} microbatch{'' if microbatches == 1 else 'es'}"
+        return _microbatches(level / self.per_microbatch)
 
     @property
     def verdict(self) -> str:
         """One sentence."""
         within = "" if self.limit is None else f" within {self.amount(self.limit)}"
         return (
-            f"{self.name}: a step of {self.num_microbatches} microbatches on {len(self.lanes)} devices takes "
+            f"{self.name}: a step of {_microbatches(self.num_microbatches)} on {len(self.lanes)} devices takes "
             f"{_number(self.step_time)}, {self.bubble:.1%} of it bubble; the fullest device holds "
             f"{self.amount(self.peak)}{within}."
         )
@@ -147,6 +146,10 @@ class PipelineReport:
             level = format_bytes(lane.peak) if self.in_bytes else f"{lane.peak / self.per_microbatch:g}"
             lines.append(f"{device:>{head}} {''.join(letters)} {level}")
         return lines
+
+
+def _microbatches(count: float) -> str:
+    return f"{count:g} microbatch{'' if count == 1 else 'es'}"
 
 
 def _number(time: float) -> str:
