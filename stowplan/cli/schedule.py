@@ -25,7 +25,7 @@ EXAMPLES = """Examples:
   stowplan schedule --kind v-half --devices 4 --microbatches 12
   stowplan schedule --devices 8 --microbatches 24 --limit 6 --times 10:13:8 --picture step.html
   stowplan schedule --devices 8 --microbatches 32 --limit 40GiB --activations 6GiB --static 9GiB
-  stowplan schedule --kind v-min --devices 4 --microbatches 8 --csv schedule.csv --json > schedule.json
+  stowplan schedule --kind v-min --devices 4 --microbatches 8 --csv step.csv --json > step.json
 
 The CSV is what torch.distributed.pipelining loads as compute_only. Exit code 3: no schedule stays within the limit;
 the message names the least limit that has one.
