@@ -26,9 +26,11 @@ NAMES = [
     "Hardware",
     "InfeasibleBudget",
     "InfeasibleCapacity",
+    "InfeasibleSchedule",
     "InvalidArgument",
     "InvalidPlanFile",
     "InvalidProblemFile",
+    "InvalidSchedule",
     "InvalidSize",
     "Measurement",
     "MissingDependency",
@@ -93,6 +95,22 @@ FLAGS = {
         "--json",
     ],
     "demo": ["--out", "--steps", "--quick"],
+    "schedule": [
+        "--devices",
+        "--microbatches",
+        "--kind",
+        "--times",
+        "--communication",
+        "--limit",
+        "--activations",
+        "--static",
+        "--steps",
+        "--time-limit",
+        "--seed",
+        "--csv",
+        "--picture",
+        "--json",
+    ],
     "doctor": ["--json"],
 }
 
@@ -139,7 +157,7 @@ def test_the_flags_of_every_command_are_frozen() -> None:
     assert flags == FLAGS
 
 
-@pytest.mark.parametrize("name", ["plan", "report", "pack", "demo", "doctor"])
+@pytest.mark.parametrize("name", ["plan", "report", "pack", "schedule", "demo", "doctor"])
 def test_every_command_has_examples(name: str) -> None:
     result = _run("-m", "stowplan", name, "--help")
     assert f"Examples:\n\n    stowplan {name}" in result.stdout

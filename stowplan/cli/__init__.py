@@ -1,9 +1,9 @@
-"""The command line: ``stowplan plan``, ``report``, ``pack``, ``demo``, ``doctor``; a module for each.
+"""The command line: ``stowplan plan``, ``report``, ``pack``, ``schedule``, ``demo``, ``doctor``; a module for each.
 
 Exit codes: 0 done, 2 what was given cannot be used, 3 no plan fits the budget (the message names the least one that
-has a plan) or no addresses within the capacity were found, 1 a bug of ours, or something that ``doctor`` found broken.
-Results go to stdout, progress and errors to stderr. What a command needs is imported when it runs, so that help and
-reports come at once.
+has a plan), or no addresses within the capacity, or no schedule within the limit, were found, 1 a bug of ours, or
+something that ``doctor`` found broken. Results go to stdout, progress and errors to stderr. What a command needs is
+imported when it runs, so that help and reports come at once.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 import stowplan
-from stowplan.cli import demo, doctor, pack, plan, report
+from stowplan.cli import demo, doctor, pack, plan, report, schedule
 
 __all__ = ["app", "main"]
 
@@ -51,5 +51,6 @@ def _root(
 app.command("plan", epilog=plan.EXAMPLES)(plan.plan_command)
 app.command("report", epilog=report.EXAMPLES)(report.report_command)
 app.command("pack", epilog=pack.EXAMPLES)(pack.pack_command)
+app.command("schedule", epilog=schedule.EXAMPLES)(schedule.schedule_command)
 app.command("demo", epilog=demo.EXAMPLES)(demo.demo_command)
 app.command("doctor", epilog=doctor.EXAMPLES)(doctor.doctor_command)

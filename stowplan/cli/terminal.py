@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import typer
 
-from stowplan.core.errors import InfeasibleBudget, StowplanError
+from stowplan.core.errors import InfeasibleBudget, InfeasibleSchedule, StowplanError
 
 __all__ = ["BAD_INPUT", "BROKEN", "INFEASIBLE", "fail", "say", "told_errors"]
 
@@ -25,7 +25,7 @@ def told_errors() -> Iterator[None]:
     """Tell what the user can mend in one line and an exit code; a bug of ours keeps its traceback."""
     try:
         yield
-    except InfeasibleBudget as error:
+    except (InfeasibleBudget, InfeasibleSchedule) as error:
         fail(str(error), INFEASIBLE)
     except StowplanError as error:
         fail(str(error), BAD_INPUT)

@@ -4,11 +4,13 @@ StowplanError
 ├── InvalidArgument (also a ValueError)     what was given, what is allowed, what to do
 │   └── InvalidSize                         a size that is no byte count
 ├── InfeasibleBudget                        no plan fits; names the least feasible budget
+├── InfeasibleSchedule                      no pipeline schedule stays within the limit; names the least feasible one
 ├── InfeasibleCapacity                      proved: no addresses fit; says how it is known
 ├── UnsupportedModel                        the model cannot be captured or hooked as it is
 ├── BudgetExceeded                          a step took more than its plan promised; only with strict=True
 ├── PlanMismatch                            a plan meets a model or a batch it was not made for
 ├── InvalidPlanFile                         a plan file that cannot be read
+├── InvalidSchedule                         a pipeline schedule that is none, or that cannot be run; shows where
 ├── InvalidProblemFile                      a packing problem's CSV file that cannot be read
 ├── MissingDependency (also an ImportError) an optional package is needed; names the extra
 ├── ArenaUnavailable                     the arena cannot be torch's allocator here, or now; says why
@@ -30,9 +32,11 @@ __all__ = [
     "CompilationFailed",
     "InfeasibleBudget",
     "InfeasibleCapacity",
+    "InfeasibleSchedule",
     "InvalidArgument",
     "InvalidPlanFile",
     "InvalidProblemFile",
+    "InvalidSchedule",
     "InvalidSize",
     "MissingDependency",
     "NoGradients",
@@ -89,6 +93,28 @@ class InfeasibleBudget(StowplanError):
 
     def __reduce__(self) -> tuple[type[InfeasibleBudget], tuple[int, int, int | None, str]]:
         return type(self), (self.budget_bytes, self.least_bytes, self.host_budget_bytes, self.advice)
+
+
+class InfeasibleSchedule(StowplanError):
+    """No pipeline schedule stays within the limit on every device.
+
+    Attributes:
+        limit_bytes: the limit that was asked for.
+        least_bytes: the smallest limit that a schedule was found for: one microbatch at a time.
+    """
+
+    def __init__(self, limit_bytes: int, least_bytes: int) -> None:
+        from stowplan.core.units import format_bytes
+
+        self.limit_bytes, self.least_bytes = limit_bytes, least_bytes
+        super().__init__(
+            f"no pipeline schedule stays within {format_bytes(limit_bytes)} ({limit_bytes} bytes) on every device; "
+            f"the least limit is {format_bytes(least_bytes)} ({least_bytes} bytes), which takes one microbatch at a "
+            f"time. Raise the limit to that, make microbatches smaller, or use more devices."
+        )
+
+    def __reduce__(self) -> tuple[type[InfeasibleSchedule], tuple[int, int]]:
+        return type(self), (self.limit_bytes, self.least_bytes)
 
 
 class InfeasibleCapacity(StowplanError):
@@ -170,6 +196,24 @@ class PlanMismatch(StowplanError):
 
 class InvalidPlanFile(StowplanError):
     """A plan file is damaged, of another version, or not a plan at all."""
+
+
+class InvalidSchedule(StowplanError):
+    """A pipeline schedule cannot be read, or cannot be run as it is.
+
+    Attributes:
+        problem: what is wrong, in one line.
+        device: the device with the wrong action, if there is one.
+        position: the place of that action in the device's order, from 0; its end where an action is missing.
+        grid: the actions around it, the wrong one marked.
+    """
+
+    def __init__(self, problem: str, device: int | None = None, position: int | None = None, grid: str = "") -> None:
+        self.problem, self.device, self.position, self.grid = problem, device, position, grid
+        super().__init__(f"{problem}\n{grid}" if grid else problem)
+
+    def __reduce__(self) -> tuple[type[InvalidSchedule], tuple[str, int | None, int | None, str]]:
+        return type(self), (self.problem, self.device, self.position, self.grid)
 
 
 class InvalidProblemFile(StowplanError):
