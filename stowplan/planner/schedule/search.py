@@ -25,7 +25,7 @@ from stowplan.planner.schedule.simulate import Timeline
 
 __all__ = ["Found", "search"]
 
-_LEAST_STEPS, _STEPS_PER_PASS = 1_500_000, 40
+_LEAST_STEPS, _STEPS_PER_PASS = 4_000_000, 40
 
 
 @dataclass(frozen=True, eq=False)
