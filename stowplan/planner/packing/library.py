@@ -23,7 +23,7 @@ OnProgress = Callable[[int, int, float], object]
 """Called with the best height and the proved bound, in bytes, and the seconds so far; a true answer ends it."""
 
 _HERE = Path(__file__).parent
-_HEADERS = ("instance.hpp", "placing.hpp", "greedy.hpp", "improve.hpp", "rules.hpp", "search.hpp")
+_HEADERS = ("instance.hpp", "placing.hpp", "greedy.hpp", "improve.hpp", "rules.hpp", "search.hpp", "portfolio.hpp")
 ALL_RULES = 127  # every rule of rules.hpp
 
 
