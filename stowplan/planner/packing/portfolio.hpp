@@ -79,8 +79,9 @@ class Portfolio {
 
   Portfolio(const Instance& in, unsigned rules, Watch& watch) : watch_(watch), first_limit_(2 * i64(in.n)) {
     for (Chains::Link link : {Chains::kNone, Chains::kQuiet, Chains::kAny}) {
-      auto view = std::make_unique<View>(in, link, rules, watch);
-      if (views_.empty() || view->chains.count() < views_.back()->chains.count()) views_.push_back(std::move(view));
+      Chains chains(in, link);
+      if (!views_.empty() && chains.count() == views_.back()->chains.count()) continue;
+      views_.push_back(std::make_unique<View>(std::move(chains), rules, watch));
     }
   }
 
@@ -119,8 +120,8 @@ class Portfolio {
     const Chains chains;
     const Instance in;
     Search search;
-    View(const Instance& buffers, Chains::Link link, unsigned rules, Watch& watch)
-        : chains(buffers, link), in(chains.instance()), search(in, rules, watch) {}
+    View(Chains&& given, unsigned rules, Watch& watch)
+        : chains(std::move(given)), in(chains.instance()), search(in, rules, watch) {}
   };
 
   Watch& watch_;
