@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from enum import StrEnum
 from functools import partial
@@ -105,9 +105,12 @@ def _bytes(text: str, name: str) -> int:
 def _solve(table: ProblemFile, capacity_bytes: int | None, solver: Solver, time_limit: float) -> Solution:
     """The best addresses that are found; also where it is proved that none are within the capacity."""
     from stowplan.cli.progress import packing_progress
-    from stowplan.core.errors import InfeasibleCapacity
+    from stowplan.core.errors import CompilationFailed, InfeasibleCapacity
     from stowplan.planner.packing import pack
+    from stowplan.planner.packing.library import library
 
+    with suppress(CompilationFailed):  # pack tells, or does without
+        library(say)
     began = time.monotonic()
     with _told_warnings(), packing_progress() as tell:
         find = partial(pack, table.problem, solver=solver.value, segments=table.segments, on_progress=tell)

@@ -6,7 +6,9 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -19,6 +21,8 @@ from typer.testing import CliRunner
 
 from stowplan.cli import app
 from stowplan.cli.progress import Tell, packing_progress
+from stowplan.core.native import compiled
+from stowplan.planner.packing import library as packer
 from stowplan.planner.packing import validate
 from stowplan.planner.packing.csv_file import load_problem, to_csv
 from stowplan.planner.packing.library import library
@@ -299,6 +303,23 @@ def test_no_compiler_is_told_in_a_line(buffers: Path, tmp_path: Path, monkeypatc
         assert "CXX='no-such-compiler' is not there" in told(run("pack", buffers, "--solver", "exact"), 2)
     finally:
         library.cache_clear()
+
+
+def test_compiling_is_told(buffers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packer, "compiled", compiled_anew)
+    library.cache_clear()
+    try:
+        result = run("pack", buffers)
+        assert result.exit_code == 0, result.output
+        assert result.stderr.splitlines() == ["compiling stowplan_pack (once)"]
+        assert run("pack", buffers).stderr == ""
+    finally:
+        library.cache_clear()
+
+
+def compiled_anew(name: str, *sources: Any, on_progress: Callable[[str], None], **options: Any) -> Path:
+    on_progress(f"compiling {name} (once)")
+    return compiled(name, *sources, **options)
 
 
 # ---- progress --------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ constexpr i64 kFar = i64(1) << 62;    // above every offset
 // Buffer i is alive in sections [first[i], last[i]).
 struct Instance {
   int n;
-  const i64* size;
+  const i64 *lower, *upper, *size;
   vector<i64> fixed;       // offset, or kFree
   vector<double> width;    // of lifetimes
   vector<int> first, last;
@@ -35,8 +35,8 @@ struct Instance {
   i64 bound = 0;           // proved: no packing is lower
   bool any_fixed = false;
 
-  Instance(int count, const i64* lower, const i64* upper, const i64* sizes, const i64* offsets)
-      : n(count), size(sizes), fixed(count, kFree), width(count), first(count), last(count) {
+  Instance(int count, const i64* begins, const i64* ends, const i64* sizes, const i64* offsets)
+      : n(count), lower(begins), upper(ends), size(sizes), fixed(count, kFree), width(count), first(count), last(count) {
     struct Event { i64 time; bool begins; int buffer; };
     vector<Event> events;
     events.reserve(2 * size_t(n));
@@ -71,6 +71,7 @@ struct Instance {
   }
 
   int sections() const { return int(live.size()); }
+  double span(int i) const { return double(last[i] - first[i]); }
   double area(int i) const { return width[i] * double(size[i]); }
 
   i64 height(const vector<i64>& offset) const {

@@ -23,7 +23,7 @@ OnProgress = Callable[[int, int, float], object]
 """Called with the best height and the proved bound, in bytes, and the seconds so far; a true answer ends it."""
 
 _HERE = Path(__file__).parent
-_HEADERS = ("instance.hpp", "placing.hpp", "greedy.hpp", "improve.hpp", "rules.hpp", "search.hpp")
+_HEADERS = ("instance.hpp", "placing.hpp", "greedy.hpp", "improve.hpp", "rules.hpp", "search.hpp", "portfolio.hpp")
 ALL_RULES = 127  # every rule of rules.hpp
 
 
@@ -47,9 +47,13 @@ _Int64 = np.ctypeslib.ndpointer(np.int64, ndim=1, flags="C_CONTIGUOUS")
 
 
 @functools.cache
-def library() -> Any:
-    """The compiled packer; CompilationFailed where there is neither a prebuilt one nor a compiler."""
-    path = compiled("stowplan_pack", [_HERE / "pack.cpp"], headers=[_HERE / name for name in _HEADERS])
+def library(on_progress: Callable[[str], None] = lambda message: None) -> Any:
+    """The compiled packer; ``on_progress`` is told in a line if it is to be compiled now, which takes seconds.
+
+    Raises CompilationFailed where there is neither a prebuilt one nor a compiler.
+    """
+    headers = [_HERE / name for name in _HEADERS]
+    path = compiled("stowplan_pack", [_HERE / "pack.cpp"], headers=headers, on_progress=on_progress)
     function = ctypes.CDLL(str(path)).stowplan_pack
     number = ctypes.POINTER(ctypes.c_int64)
     function.argtypes = [

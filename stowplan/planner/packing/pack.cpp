@@ -4,12 +4,13 @@
 //   placing.hpp   first fit, skyline                       greedy.hpp   by several orders
 //   improve.hpp   local search
 //   rules.hpp     what cuts the exact search off           search.hpp   exact search, proofs
+//   portfolio.hpp exact search by several rankings, and of chains
 //
 // No globals: any number of threads may call. Memory: O(n), and lists of neighbours where the exact search takes part.
 #include <new>
 
 #include "improve.hpp"
-#include "search.hpp"
+#include "portfolio.hpp"
 
 namespace packing {
 namespace {
@@ -66,11 +67,11 @@ class Descent {
   const Solver solver_;
   Best& best_;
   Watch& watch_;
-  Search search_;
-  Search::Effort lowest_;
+  Portfolio search_;
+  Portfolio::Effort lowest_;
   i64 tried_;  // heights below were not reached in the time that they had
 
-  Outcome at(Search::Effort& effort, double seconds) {
+  Outcome at(Portfolio::Effort& effort, double seconds) {
     Outcome outcome = search_.run(effort, watch_.elapsed() + seconds);
     if (outcome == Outcome::packed) best_.keep(search_.offset);
     if (outcome == Outcome::impossible) {
@@ -83,7 +84,7 @@ class Descent {
   void bisect(double slice) {
     if (tried_ >= watch_.height) tried_ = 0;
     tried_ = std::max(tried_, watch_.bound);
-    Search::Effort middle{tried_ + (watch_.height - tried_) / 2};
+    Portfolio::Effort middle{tried_ + (watch_.height - tried_) / 2};
     if (at(middle, kBisectShare * slice) == Outcome::unknown) tried_ = middle.capacity + 1;
   }
 };

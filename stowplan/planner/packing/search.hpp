@@ -19,6 +19,7 @@ class Search : private Rules {
  public:
   using Rules::offset;
 
+  static constexpr int kRankings = 10;                // the later ones are drawn anew each time
   static constexpr int kMostBuffers = 4000;           // the recursion is as deep
   static constexpr i64 kMostEntries = i64(1) << 22;   // of the lists of neighbours and of sections
 
@@ -30,53 +31,11 @@ class Search : private Rules {
   }
 
   Search(const Instance& in, unsigned rules, Watch& watch)
-      : Rules(in, rules, watch), watch_(watch), total_(in.n), blur_(2 * size_t(in.n), 1.0) {}
+      : Rules(in, rules, watch), total_(in.n), blur_(2 * size_t(in.n), 1.0) {}
 
-  // How far the search at one capacity has come.
-  struct Effort {
-    i64 capacity;
-    int turn = 0;    // which ranking is next
-    i64 limit = 0;   // of nodes
-  };
-
-  // Round robin over rankings, until `until` seconds: each from the start, in each round with twice as many nodes as in
-  // the one before. A ranking that comes to its end decides. An effort may be gone on with.
-  Outcome run(Effort& effort, double until) {
-    effort.limit = std::max<i64>(effort.limit, 2 * i64(in_.n));
-    while (!watch_.over() && watch_.elapsed() < until) {
-      choose_ranking(effort.turn);
-      Outcome outcome = attempt(effort.capacity, effort.limit, until);
-      if (outcome != Outcome::unknown) return outcome;
-      if (++effort.turn == kRankings + kBlurred) {
-        effort.turn = 0;
-        effort.limit = std::min(2 * effort.limit, kFar);
-      }
-    }
-    return Outcome::unknown;
-  }
-
- private:
-  enum Key { kTotal, kWidth, kArea, kSize };  // total: the most bytes that are unplaced in any of its sections
-  static constexpr int kRankings = 5, kBlurred = 3;
-  static constexpr Key kKeys[kRankings][3] = {{kTotal, kWidth, kArea}, {kTotal, kArea, kWidth}, {kWidth, kArea, kTotal},
-                                              {kArea, kWidth, kTotal}, {kSize, kWidth, kTotal}};
-  static constexpr double kBlur = 0.2;  // totals and widths are blurred by up to this share
-
-  Watch& watch_;
-  vector<i64> total_;
-  vector<double> blur_;  // of totals, of widths
-  const Key* keys_ = nullptr;
-  i64 limit_ = 0, nodes_ = 0;
-  Random random_{1};
-
-  void choose_ranking(int turn) {
-    std::fill(blur_.begin(), blur_.end(), 1.0);
-    keys_ = kKeys[turn < kRankings ? turn : random_.below(3)];
-    if (turn < kRankings) return;
-    for (double& b : blur_) b = 1 - kBlur + 2 * kBlur * random_.uniform();
-  }
-
-  Outcome attempt(i64 capacity, i64 limit, double until) {
+  // Ranks by one of kRankings and searches `limit` nodes, until `until` seconds; to come to its end decides.
+  Outcome attempt(i64 capacity, int ranking, i64 limit, double until) {
+    choose(ranking);
     limit_ = limit;
     until_ = until;
     nodes_ = 0;
@@ -86,6 +45,29 @@ class Search : private Rules {
     std::iota(all.begin(), all.end(), 0);
     if (split(all, 0, -1, true)) return Outcome::packed;
     return cut_ ? Outcome::unknown : Outcome::impossible;
+  }
+
+ private:
+  // Total: the most bytes that are unplaced in any of its sections. Span: how many sections; unlike the width it does
+  // not change when time runs unevenly. Area and spread: the size times the width, the span.
+  enum Key { kTotal, kWidth, kArea, kSpan, kSpread, kSize };
+  static constexpr int kPlain = 7, kByTotal = 4;  // rankings as they are; those of them that total leads
+  static constexpr Key kKeys[kPlain][3] = {{kTotal, kSpan, kSpread}, {kTotal, kWidth, kArea}, {kTotal, kSpread, kSpan},
+                                           {kTotal, kArea, kWidth},  {kSpan, kSpread, kTotal},
+                                           {kSpread, kSpan, kTotal}, {kSize, kWidth, kTotal}};
+  static constexpr double kBlur = 0.2;  // of totals, widths and spans, up to this share
+
+  vector<i64> total_;
+  vector<double> blur_;  // of totals, of widths and spans
+  const Key* keys_ = nullptr;
+  i64 limit_ = 0, nodes_ = 0;
+  Random random_{1};
+
+  void choose(int ranking) {
+    std::fill(blur_.begin(), blur_.end(), 1.0);
+    keys_ = kKeys[ranking < kPlain ? ranking : random_.below(kByTotal + 1)];
+    if (ranking < kPlain) return;
+    for (double& b : blur_) b = 1 - kBlur + 2 * kBlur * random_.uniform();
   }
 
   // Packs the unplaced of `members` at or above `floor`, each part between empty cuts by itself, small ones first.
@@ -147,6 +129,8 @@ class Search : private Rules {
       case kTotal: return double(total_[i]) * blur_[2 * i];
       case kWidth: return in_.width[i] * blur_[2 * i + 1];
       case kArea: return in_.area(i);
+      case kSpan: return in_.span(i) * blur_[2 * i + 1];
+      case kSpread: return in_.span(i) * double(in_.size[i]);
       default: return double(in_.size[i]);
     }
   }

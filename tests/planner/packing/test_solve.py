@@ -57,6 +57,46 @@ def test_the_six_problems_fit(name):
     check(problem, solution, DSA_CAPACITY)
 
 
+def warped(problem, random):
+    """Time runs unevenly."""
+    times = np.unique(np.concatenate([problem.lower, problem.upper]))
+    moved = np.cumsum(random.integers(1, 1000, len(times)))
+    return Problem(*(moved[np.searchsorted(times, ends)] for ends in (problem.lower, problem.upper)), problem.size)
+
+
+def cut(problem, random):
+    """Of some buffers two, one after the other."""
+    which = np.flatnonzero((random.random(len(problem)) < 0.2) & (problem.upper - problem.lower > 1))
+    at = random.integers(problem.lower[which] + 1, problem.upper[which])
+    first_upper = problem.upper.copy()
+    first_upper[which] = at
+    lower, upper = np.append(problem.lower, at), np.append(first_upper, problem.upper[which])
+    return Problem(lower, upper, np.append(problem.size, problem.size[which]))
+
+
+@pytest.mark.parametrize("name", ["A", "F"])
+@pytest.mark.parametrize("change", [warped, cut])
+def test_so_do_variants_of_them(name, change):
+    problem = change(dsa(name), np.random.default_rng(0))
+    solution = pack(problem, capacity_bytes=DSA_CAPACITY, solver="exact", time_limit_seconds=120)
+    check(problem, solution, DSA_CAPACITY)
+
+
+def test_a_chain_that_cannot_stay_in_one_place_proves_nothing():
+    hard, half = dsa("B"), DSA_CAPACITY // 2  # no greedy order fits it
+    end = int(hard.upper.max())
+    lower, upper = np.array([0, 0, 1, 1]) + end, np.array([1, 1, 2, 2]) + end
+    problem = Problem(
+        np.append(hard.lower, lower),
+        np.append(hard.upper, upper),
+        np.append(hard.size, [half] * 4),
+        fixed=np.append(np.full(len(hard), FREE), [0, FREE, half, FREE]),  # one free above, then one free below
+    )
+    solution = pack(problem, capacity_bytes=DSA_CAPACITY, solver="exact", time_limit_seconds=120)
+    check(problem, solution, DSA_CAPACITY)
+    assert solution.offsets[-3:].tolist() == [half, half, 0]
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_few_buffers(solver):
     assert pack(Problem([], [], []), solver=solver).height_bytes == 0
