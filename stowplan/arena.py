@@ -46,7 +46,7 @@ def install(
     Raises ArenaUnavailable (CUDA is in use already, or not there; installed twice; no memory for ``slab``),
     InvalidArgument, InvalidSize, CompilationFailed.
     """
-    slab_bytes = parse_bytes(slab) if slab else 0
+    slab_bytes = parse_bytes(slab, "slab") if slab else 0
     installing.install(device, _packed, slab_bytes=slab_bytes, most_plans=most_plans, strict=strict, notify=on_progress)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -83,6 +83,37 @@ def test_a_block_that_departs_from_its_tape(first: bool, policy: str) -> None:
     assert counters.departures == len(phases) - 1
     assert counters.recorded_calls == num_recorded
     assert counters.steady_calls == 3 * len(turns) - num_recorded
+
+
+def shifted(block: Any, x: torch.Tensor, changed: bool) -> torch.Tensor:
+    """Other rows of one storage: the same shape at another offset."""
+    hidden = torch.exp(torch.cat([block.first(x), block.second(x)]) * 0.1)
+    part = hidden[ROWS:] if changed else hidden[:ROWS]
+    return block.second(part * part.sin()) + x
+
+
+def exchanged(block: Any, x: torch.Tensor, changed: bool) -> torch.Tensor:
+    """Another tensor of the same shape, which is saved as well."""
+    one, other = block.first(x).tanh(), block.second(x).sigmoid()
+    return one * (other if changed else one) + other.sin() + x
+
+
+@pytest.mark.parametrize("body", [shifted, exchanged])
+@all_policies
+def test_other_tensors_of_the_same_shapes(policy: str, body: Callable[[Any, torch.Tensor, bool], torch.Tensor]) -> None:
+    def train(model: Any) -> Tensors:
+        found: Tensors = []
+        for changed in [F] * NUM_STEPS + [T] * NUM_STEPS:
+            for block in model.blocks:
+                block.unseen["changed"] = changed
+            found += train_toy(model, 1)
+        return found
+
+    def look(block: Any, x: torch.Tensor) -> torch.Tensor:
+        return body(block, x, block.unseen.get("changed", False))
+
+    planned = assert_exact(lambda: stack(look), train, policy, call_toy)
+    assert planned.engine.counters.departures > 0
 
 
 @all_policies

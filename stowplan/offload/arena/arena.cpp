@@ -1,6 +1,7 @@
 // The arena: who is served from the plan, what happens beside it, and what is counted. See arena.h.
 #include <algorithm>
 #include <atomic>
+#include <new>
 #include <utility>
 
 #include "core.h"
@@ -62,9 +63,9 @@ void* Arena::at_planned_address(const Lane& lane, int64_t size, void* stream) {
     ++step_.misses;
     return nullptr;
   }
+  slab_->take(start, {end, num_blocks_, size, stream});
   ++step_.hits;
   step_.peak_bytes = std::max(step_.peak_bytes, end);
-  slab_->take(start, {end, num_blocks_, size, stream});
   log(ARENA_ALLOCATE, num_blocks_++, size, lane);
   stats_.planned_bytes += size;
   note_peak();
@@ -86,9 +87,16 @@ void* Arena::beside_plan(std::unique_lock<std::mutex>& lock, const Lane& lane, i
     ++stats_.out_of_memory;
     return nullptr;
   }
-  freed_.remove(pointer);
   const bool logged = size >= least_bytes_;
-  beside_[pointer] = {logged ? num_blocks_ : -1, size, stream};
+  try {
+    beside_[pointer] = {logged ? num_blocks_ : -1, size, stream};
+  } catch (const std::bad_alloc&) {
+    ++stats_.out_of_memory;
+    if (!pooled_) runtime_.release(runtime_.context, pointer);
+    else pool_.release(pointer);
+    return nullptr;
+  }
+  freed_.remove(pointer);
   if (logged) log(ARENA_ALLOCATE, num_blocks_++, size, lane);
   stats_.fallback_bytes += size;
   note_peak();
@@ -259,11 +267,17 @@ void Arena::record(int64_t most_events) {
   most_events_ = most_events;
 }
 
-void Arena::log(int64_t kind, int64_t block, int64_t size, const Lane& lane) {
-  if (static_cast<int64_t>(logs_[0].size()) < most_events_)
-    logs_[0].push_back({kind, block, size, lane.thread, lane.stream});
-  else if (most_events_)
-    ++step_.dropped_events;
+// Never fails: blocks are freed by destructors.
+void Arena::log(int64_t kind, int64_t block, int64_t size, const Lane& lane) noexcept {
+  if (!most_events_) return;
+  if (static_cast<int64_t>(logs_[0].size()) < most_events_) {
+    try {
+      logs_[0].push_back({kind, block, size, lane.thread, lane.stream});
+      return;
+    } catch (const std::bad_alloc&) {
+    }
+  }
+  ++step_.dropped_events;
 }
 
 int64_t Arena::read_log(int steps_ago, ArenaEvent* events, int64_t most) {

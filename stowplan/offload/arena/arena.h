@@ -83,7 +83,7 @@ ARENA_API void arena_step(Arena* arena, ArenaStep* ended);  // a step ends, and 
 // any until it is asked for again.
 ARENA_API int arena_reserve(Arena* arena, int64_t bytes);
 // What is asked for, in order, by lanes (thread, stream): sizes, and offsets or -1. Followed from the next request on.
-// 0, or -1: an offset is misaligned or ends beyond what is reserved. A plan with the same key goes.
+// 0; -1: an offset is misaligned or ends beyond what is reserved; -2: no memory for it. A plan with the same key goes.
 ARENA_API int arena_add_plan(Arena* arena, int64_t key, int64_t count, const int64_t* threads, const int64_t* streams,
                              const int64_t* sizes, const int64_t* offsets);
 ARENA_API void arena_drop_plan(Arena* arena, int64_t key);

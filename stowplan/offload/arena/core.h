@@ -77,7 +77,7 @@ struct Arena {
   int give_back(void* pointer, void** to_runtime);
   void give_back_shared(std::vector<void*>* to_runtime);
   void* stream_of(void* pointer, bool* known);
-  void log(int64_t kind, int64_t block, int64_t size, const Lane& lane);
+  void log(int64_t kind, int64_t block, int64_t size, const Lane& lane) noexcept;
   void note_peak();
   void release(Slab& slab) { runtime_.release_slab(runtime_.context, slab.base(), slab.bytes()); }
 

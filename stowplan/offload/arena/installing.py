@@ -89,7 +89,8 @@ class _Installed:
         self._boundaries: Boundaries | None = Boundaries()
         self._at_work = threading.Lock()
         self._process = os.getpid()
-        self._hook = register_optimizer_step_post_hook(self._stepped)
+        # A compiled optimizer's step is not to be traced through what happens here.
+        self._hook = register_optimizer_step_post_hook(torch.compiler.disable(self._stepped))
 
     def remove(self) -> None:
         self._hook.remove()
@@ -126,8 +127,8 @@ def install(
     """See ``stowplan.arena.install``."""
     if _Process.installed is not None:
         raise ArenaUnavailable(f"the arena is installed already, for {_Process.installed.device}: install it once.")
-    if most_plans < 1:
-        raise InvalidArgument(f"most_plans={most_plans}: give a positive number of plans.")
+    if not isinstance(most_plans, int) or isinstance(most_plans, bool) or most_plans < 1:
+        raise InvalidArgument(f"most_plans={most_plans!r}: give a positive number of plans.")
     chosen = _device(device)
     try:
         arena, alignment, uninstall_ = _cpu(notify) if chosen.type == "cpu" else _cuda(chosen, notify)
@@ -147,16 +148,20 @@ def install(
 def _device(given: str | None) -> torch.device:
     try:
         device = torch.device(given or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise InvalidArgument(f"device={given!r} is no device: give 'cpu', 'cuda' or 'cuda:N'.") from error
     if device.type not in {"cpu", "cuda"}:
         raise InvalidArgument(f"device={given!r}: the arena serves 'cpu', 'cuda' or 'cuda:N'.")
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise ArenaUnavailable(f"device={given!r}: torch sees no CUDA device here.")
-        if str(device) == "cuda":
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    return device
+        count = torch.cuda.device_count()
+        if device.index is None:
+            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % count)
+        if device.index >= count:
+            raise ArenaUnavailable(f"device={given!r}: torch sees {count} CUDA devices here, the first is 'cuda:0'.")
+        return device
+    return torch.device("cpu")
 
 
 def _cpu(notify: Callable[[str], None]) -> tuple[Arena, int, Callable[[], None]]:

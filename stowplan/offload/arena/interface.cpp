@@ -1,6 +1,7 @@
 // The C interface, and what happens at a fork.
 #include <pthread.h>
 
+#include <new>
 #include <utility>
 
 #include "core.h"
@@ -46,14 +47,18 @@ void arena_destroy(Arena* arena) {
   delete arena;
 }
 
-void* arena_allocate(Arena* arena, size_t bytes, void* stream) { return arena->allocate(bytes, stream); }
+void* arena_allocate(Arena* arena, size_t bytes, void* stream) try {
+  return arena->allocate(bytes, stream);
+} catch (const std::bad_alloc&) {  // for what the arena notes of a block, which was not taken
+  return nullptr;
+}
 int arena_free(Arena* arena, void* pointer) { return arena->free(pointer); }
 void arena_record_stream(Arena* arena, void* pointer, void* stream) { arena->record_stream(pointer, stream); }
 void arena_step(Arena* arena, ArenaStep* ended) { arena->step(ended); }
 int arena_reserve(Arena* arena, int64_t bytes) { return arena->reserve(bytes) ? 0 : -1; }
 
 int arena_add_plan(Arena* arena, int64_t key, int64_t count, const int64_t* threads, const int64_t* streams,
-                   const int64_t* sizes, const int64_t* offsets) {
+                   const int64_t* sizes, const int64_t* offsets) try {
   ArenaPlan plan{key, {}};
   for (int64_t i = 0; i < count; ++i) {
     const Lane lane{threads[i], streams[i]};
@@ -62,6 +67,8 @@ int arena_add_plan(Arena* arena, int64_t key, int64_t count, const int64_t* thre
       if (planned.lane == lane) planned.requests.push_back({sizes[i], offsets[i]});
   }
   return arena->add_plan(std::move(plan)) ? 0 : -1;
+} catch (const std::bad_alloc&) {
+  return -2;
 }
 
 void arena_drop_plan(Arena* arena, int64_t key) { arena->drop_plan(key); }

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from stowplan.core.errors import StowplanError
 from stowplan.core.units import format_bytes
 from stowplan.offload.arena.library import Arena, ArenaStep, Integers
 from stowplan.offload.arena.lifetimes import FREE, Packer, StepLog, lay_out
@@ -54,6 +55,7 @@ class Learner:
         self._now = now
         self._seen: Counter[int] = Counter()  # by hash of a lane's sizes
         self._num_dropped = 0
+        self._num_events = 0, 0  # in the log of the last whole step, and of the one before
         self._departures = 0  # in a row
         self._patience = _PATIENCE
         self._refused_bytes: int | None = None  # there was no room for such a slab
@@ -63,6 +65,7 @@ class Learner:
     def step(self) -> None:
         """A training step has ended."""
         ended = self._arena.step()
+        self._num_events = ended.num_events, self._num_events[0]
         if ended.plan in self.plans:
             self.plans.move_to_end(ended.plan)
             if _served_well(ended):
@@ -74,8 +77,15 @@ class Learner:
         if not ended.num_events or ended.dropped_events:
             return
         start = self._now()
-        self._depart(StepLog.of(self._arena.log(1, ended.num_events)), ended.thread)
-        self.planning_seconds += self._now() - start
+        try:
+            self._depart(StepLog.of(self._arena.log(1, self._num_events[0])), ended.thread)
+        except (MemoryError, StowplanError) as error:  # training goes on without a plan
+            self._seen.clear()
+            warnings.warn(
+                f"the arena could not plan a step, and serves such steps without a plan: {error}", stacklevel=2
+            )
+        finally:
+            self.planning_seconds += self._now() - start
 
     def _reserve_again(self) -> None:
         height = max(plan.height_bytes for plan in self.plans.values())
@@ -115,7 +125,7 @@ class Learner:
         self._plan(key, log, np.sort(np.concatenate(planned)), revision)
 
     def _plan(self, key: int, log: StepLog, requests: Integers, revision: int) -> None:
-        before = StepLog.of(self._arena.log(2, _MOST_EVENTS))
+        before = StepLog.of(self._arena.log(2, self._num_events[1]))
         layout = lay_out(log, before, self._alignment, self._pack)
         if self._refused_bytes is not None and layout.height_bytes >= self._refused_bytes:
             return

@@ -19,6 +19,8 @@ Integers = npt.NDArray[np.int64]
 
 ALLOCATE, FREE = 1, -1  # kinds of events
 _EVENT_COLUMNS = 5  # kind, block, size, thread, stream
+_NO_MEMORY = -2
+_MOST_BYTES = 2**60  # as in arena.cpp
 _HERE = Path(__file__).parent
 _TORCH = Path(torch.__file__).parent
 
@@ -137,14 +139,19 @@ class Arena:
 
     def reserve(self, num_bytes: int) -> bool:
         """Memory for plans, at least so much; False: there is not enough."""
-        return not self._functions.arena_reserve(self._handle, ctypes.c_int64(num_bytes))
+        return num_bytes < _MOST_BYTES and not self._functions.arena_reserve(self._handle, ctypes.c_int64(num_bytes))
 
     def add_plan(self, key: int, threads: Integers, streams: Integers, sizes: Integers, offsets: Integers) -> None:
-        """Requests in order, int64 [n] each; offset -1: not planned. They must fit into what is reserved."""
+        """Requests in order, int64 [n] each; offset -1: not planned. They must fit into what is reserved.
+
+        Raises MemoryError.
+        """
         columns = [np.ascontiguousarray(column, np.int64) for column in (threads, streams, sizes, offsets)]
         refused = self._functions.arena_add_plan(
             self._handle, ctypes.c_int64(key), ctypes.c_int64(len(sizes)), *map(_pointer, columns)
         )
+        if refused == _NO_MEMORY:
+            raise MemoryError(f"no memory for a plan of {len(sizes)} requests")
         assert not refused, "a planned address is outside of the slab, or misaligned"
 
     def drop_plan(self, key: int) -> None:

@@ -64,15 +64,20 @@ class Slab {
   }
 
   void set_use(void* stream, int64_t start, int64_t end) {
-    auto use = first_use_after(start);
-    while (use != uses_.end() && use->first < end) {
-      auto [begin, old] = *use;
-      use = uses_.erase(use);
-      if (begin < start) uses_.emplace(begin, Use{start, old.stream});
-      if (old.end > end) uses_.emplace(end, Use{old.end, old.stream});
-    }
-    auto placed = uses_.emplace(start, Use{end, stream}).first;
+    cut(start);
+    cut(end);
+    auto placed = uses_.try_emplace(start).first;  // from here on there is nothing to run out of memory
+    placed->second = {end, stream};
+    for (auto use = std::next(placed); use != uses_.end() && use->first < end;) use = uses_.erase(use);
     join(placed);
+  }
+
+  // No entry goes across `at`.
+  void cut(int64_t at) {
+    auto use = first_use_after(at);
+    if (use == uses_.end() || use->first >= at) return;
+    uses_.emplace(at, use->second);
+    use->second.end = at;
   }
 
   // Neighbours of one stream become one entry: with a single stream there is one in all.

@@ -48,6 +48,7 @@ class SlotCourse(NamedTuple):
     dtype: torch.dtype
     size: tuple[int, ...]
     stride: tuple[int, ...]
+    offset: int
 
 
 class Course:
@@ -78,9 +79,7 @@ class Course:
                 slot.value in sources,
                 slot.value,
                 slot.geometry,
-                slot.geometry.dtype,
-                slot.geometry.size,
-                slot.geometry.stride,
+                *slot.geometry,
             )
             for slot in tape.lasting_slots
         )

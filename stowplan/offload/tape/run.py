@@ -56,16 +56,17 @@ class Counters:
 class Cell:
     """The place of one value of one run. ``tensor`` is None while the value is away; ``version`` guards a kept one.
 
-    ``geometry`` is the tensor's own, as far as it is known.
+    ``geometry`` is the tensor's own, as far as it is known; ``address`` where its storage was in the forward pass.
     """
 
-    __slots__ = ("__weakref__", "geometry", "host", "run", "tensor", "value", "version")
+    __slots__ = ("__weakref__", "address", "geometry", "host", "run", "tensor", "value", "version")
 
     def __init__(self, run: Run, value: int) -> None:
         self.run: Run | None = run
         self.value = value
         self.tensor: torch.Tensor | None = None
         self.geometry: Geometry | None = None
+        self.address = 0
         self.version: int | None = None
         self.host: HostCopy | Parted | None = None
 
@@ -137,7 +138,7 @@ class Run:
 
         def pack(tensor: torch.Tensor) -> Any:
             try:
-                fate, outlives, source, value, geometry, dtype, size, stride = next(slots)
+                fate, outlives, source, value, geometry, dtype, size, stride, offset = next(slots)
             except StopIteration:
                 if open_ended:
                     return tensor.detach(), tensor._version
@@ -149,20 +150,29 @@ class Run:
                 return kept, kept._version
             if fate is _PASS:
                 return tensor, tensor._version
-            if tensor.shape != size or tensor.dtype is not dtype or tensor.stride() != stride:
-                raise Departure(f"{tuple(tensor.shape)} {tensor.dtype} is saved where the tape has {size} {dtype}")
+            if (
+                tensor.shape != size
+                or tensor.dtype is not dtype
+                or tensor.stride() != stride
+                or tensor.storage_offset() != offset
+            ):
+                raise Departure(f"{Geometry.of(tensor)} is saved where the tape has {geometry}")
             if fate is _KEEP:
                 kept = tensor.detach()
                 if value not in self.sources:
                     self._hold(value, kept)
                 return kept, kept._version
             cell = cells.get(value)
+            address = tensor.data_ptr() - offset * dtype.itemsize
             if cell is None:
                 cell = cells[value] = Cell(self, value)
+                cell.address = address
                 if fate is not _RECOMPUTE:
                     departing[value] = tensor.detach(), tensor._version
                 if value in witnessed:
                     self._witness(value, tensor)
+            elif cell.address != address:
+                raise Departure(f"another tensor is saved where the tape has {course.tape.values[value].name} again")
             return cell, geometry
 
         return pack

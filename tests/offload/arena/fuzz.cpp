@@ -1,4 +1,5 @@
-// Random use of an arena from several threads, over malloc with failures: no block may ever share bytes with another.
+// Random use of an arena from several threads, over malloc with failures, and failures of what the arena asks for itself:
+// no block may ever share bytes with another.
 // Usage: fuzz SEED THREADS OPERATIONS POOLED. Prints counters; aborts where a block's bytes have changed.
 #include <atomic>
 #include <chrono>
@@ -6,6 +7,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
+#include <new>
 #include <random>
 #include <thread>
 #include <vector>
@@ -17,6 +19,7 @@ namespace {
 std::mutex injection;
 std::mt19937 failures;
 std::atomic<int> failure_percent = 0;
+bool pools = false;
 
 void* allocate(void*, size_t bytes) {
   {
@@ -28,6 +31,13 @@ void* allocate(void*, size_t bytes) {
 void release(void*, void* pointer) { std::free(pointer); }
 void release_slab(void*, void* pointer, size_t) { std::free(pointer); }
 int order(void*, void*, void*) { return 0; }
+
+thread_local bool noting = false;  // what the arena itself asks for, once in a while, is not there
+
+struct Noting {
+  explicit Noting(bool often) { noting = often; }
+  ~Noting() { noting = false; }
+};
 
 struct Block {
   unsigned char* bytes;
@@ -41,6 +51,7 @@ void check_and_free(Arena* arena, const Block& block) {
     std::abort();
   }
   std::memset(block.bytes, 0xdd, block.size);
+  Noting fails(!pools);
   if (arena_free(arena, block.bytes) != ARENA_FREED) std::abort();
 }
 
@@ -60,7 +71,12 @@ void train(Arena* arena, unsigned seed, int operations) {
       else place += departure == 1 ? 2 : 1;
       if (departure == 2) size = size_t{1} << 61;
       if (departure == 3) size = 0;
-      if (auto* bytes = static_cast<unsigned char*>(arena_allocate(arena, size, stream))) {
+      unsigned char* bytes;
+      {
+        Noting fails(!pools);
+        bytes = static_cast<unsigned char*>(arena_allocate(arena, size, stream));
+      }
+      if (bytes) {
         if (size == 0 || size >> 60) std::abort();
         alive.push_back({bytes, size, static_cast<unsigned char>(random())});
         std::memset(bytes, alive.back().mark, size);
@@ -101,16 +117,28 @@ void plan_at_random(Arena* arena, std::mt19937& random) {
 
 }  // namespace
 
+__attribute__((noinline)) void* operator new(size_t bytes) {
+  thread_local std::minstd_rand chance;
+  if (noting && chance() % 50 == 0) throw std::bad_alloc();
+  if (void* pointer = std::malloc(bytes)) return pointer;
+  throw std::bad_alloc();
+}
+__attribute__((noinline)) void operator delete(void* pointer) noexcept { std::free(pointer); }
+__attribute__((noinline)) void operator delete(void* pointer, size_t) noexcept { std::free(pointer); }
+
 int main(int, char** arguments) {
   const auto seed = static_cast<unsigned>(std::atoi(arguments[1]));
   const int num_threads = std::atoi(arguments[2]), operations = std::atoi(arguments[3]);
   const int pooled = std::atoi(arguments[4]);
+  pools = pooled != 0;
   const ArenaRuntime runtime{nullptr, allocate, release, allocate, release_slab, order, nullptr};
   Arena* arena = arena_create(&runtime, 512, 512, pooled);
   arena_record(arena, 200);
   arena_serve(arena, 1);
   std::mt19937 random(seed);
   failures.seed(seed);
+  arena_reserve(arena, 8 << 20);
+  plan_at_random(arena, random);
   std::atomic<int> num_done = 0;
   std::vector<std::thread> threads;
   for (int i = 0; i < num_threads; ++i)

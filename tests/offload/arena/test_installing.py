@@ -62,10 +62,13 @@ def test_no_cuda_is_told() -> None:
         arena.install("cuda")
 
 
-@pytest.mark.parametrize(("option", "value"), [("most_plans", 0), ("slab", "1/2"), ("slab", -1)])
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("most_plans", 0), ("most_plans", "8"), ("most_plans", 1.5), ("slab", "1/2"), ("slab", -1), ("device", 1.5)],
+)
 def test_options_are_checked(option: str, value: object) -> None:
-    with pytest.raises(stowplan.InvalidArgument):
-        arena.install("cpu", **{option: value})
+    with pytest.raises(stowplan.InvalidArgument, match=f"{option}={value!r}"):
+        arena.install(**{"device": "cpu", option: value})
 
 
 def test_a_slab_may_be_reserved_at_once() -> None:
@@ -78,9 +81,10 @@ def test_a_slab_may_be_reserved_at_once() -> None:
     assert stats.slack_bytes == stats.slab_bytes - stats.peak_bytes
 
 
-def test_a_slab_that_cannot_be_had_is_an_error() -> None:
+@pytest.mark.parametrize("num_bytes", [2**60 - 1, 2**64, 2**200])
+def test_a_slab_that_cannot_be_had_is_an_error(num_bytes: int) -> None:
     with pytest.raises(stowplan.ArenaUnavailable, match="so much memory cannot be had"):
-        arena.install("cpu", slab=2**60)
+        arena.install("cpu", slab=num_bytes)
     assert torch.ones(5000).sum() == 5000
     arena.install("cpu")
     arena.uninstall()
@@ -96,6 +100,21 @@ def test_without_a_compiler_torchs_allocator_serves(monkeypatch: pytest.MonkeyPa
     arena.uninstall()
     with pytest.raises(stowplan.CompilationFailed):
         arena.install("cpu", strict=True)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch.compile's own
+def test_an_optimizer_whose_step_is_compiled(installed: None) -> None:
+    """What happens at the end of a step, planning above all, is no part of the compiled code."""
+    layer = torch.nn.Linear(64, 64)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    step = torch.compile(optimizer.step, backend="eager")
+    for _ in range(5):
+        layer(torch.ones(32, 64)).sum().backward()
+        step()
+        optimizer.zero_grad()
+    stats = arena.stats()
+    assert (stats.steps, stats.plans) == (5, 1)
+    assert stats.hits > 0
 
 
 def test_threads_that_allocate_beside_training_are_strangers(installed: None) -> None:
@@ -135,6 +154,7 @@ def test_workers_of_a_loader(installed: None) -> None:
 
 
 def test_tensors_of_other_threads_find_their_way_back(installed: None) -> None:
+    gc.collect()  # of what other tests left
     before = arena.stats().fallback_bytes
     made: list[torch.Tensor] = []
     threads = [threading.Thread(target=lambda: made.append(torch.rand(5000))) for _ in range(8)]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import pytest
 
+import stowplan
 from stowplan.arena import _packed
 from stowplan.offload.arena.learning import Learner
 from tests.offload.arena.device import MIB, Device
@@ -113,6 +116,20 @@ def test_no_room_for_a_slab_is_told_once() -> None:
         steps.run(14 * MIB)
     assert [steps.run(14 * MIB) for _ in range(5)] == [(0, 0)] * 5
     steps.device.free(held)
+
+
+@pytest.mark.parametrize("error", [MemoryError("none left"), stowplan.PlanRejected("wrong addresses")])
+def test_planning_that_fails_does_not_end_training(steps: Steps, error: Exception) -> None:
+    def fail(*arguments: object) -> NoReturn:
+        raise error
+
+    steps.learner = Learner(steps.arena, fail, 512, 8)
+    sizes = [1024, 2048, 4096] * 4
+    steps.run(*sizes)
+    with pytest.warns(UserWarning, match=f"could not plan a step, and serves such steps without a plan: {error}"):
+        steps.run(*sizes)
+    steps.learner._pack = _packed
+    assert [steps.run(*sizes) for _ in range(4)] == [(0, 0), (0, 0), (12, 0), (12, 0)]
 
 
 def test_a_slab_that_was_given_back_is_taken_again() -> None:
