@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import signal
 import threading
 
 import numpy as np
@@ -128,6 +130,17 @@ def test_what_progress_raises_comes_out():
 
     with pytest.raises(KeyError, match="mine"):
         pack(dsa("D"), on_progress=fail)
+
+
+def test_an_interrupt_comes_out():
+    def interrupt_soon(*report):
+        if not timers:
+            timers.append(threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)))
+            timers[0].start()
+
+    timers: list[threading.Timer] = []
+    with pytest.raises(KeyboardInterrupt):
+        pack(dsa("D"), time_limit_seconds=60, on_progress=interrupt_soon)
 
 
 def test_no_time_is_enough_for_an_answer():
