@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from stowplan.core.errors import InvalidArgument
-from stowplan.core.native import compiled
+from stowplan.core.native import compiled, loaded
 from stowplan.planner.packing.problem import FREE, Integers, Problem, Solution
 
 __all__ = ["ALL_RULES", "Method", "OnProgress", "library", "run", "scale"]
@@ -52,9 +52,9 @@ _Int64 = np.ctypeslib.ndpointer(np.int64, ndim=1, flags="C_CONTIGUOUS")
 
 @functools.cache
 def library() -> Any:
-    """The compiled packer; CompilationFailed where there is neither a prebuilt one nor a compiler."""
+    """The compiled packer; CompilationFailed where there is neither a prebuilt one nor a compiler, or it does not load."""
     path = compiled("stowplan_pack", [_HERE / "pack.cpp"], headers=[_HERE / name for name in _HEADERS])
-    function = ctypes.CDLL(str(path)).stowplan_pack
+    function = loaded(path).stowplan_pack
     number = ctypes.POINTER(ctypes.c_int64)
     function.argtypes = [
         ctypes.c_int, _Int64, _Int64, _Int64, _Int64, ctypes.c_int64, ctypes.c_double, ctypes.c_int, ctypes.c_uint,
