@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,8 +19,10 @@ STANDARD = "-"
 
 @contextmanager
 def open_input(name: str) -> Iterator[BinaryIO]:
-    """A file's bytes, or those of stdin. Raises FileNotFoundError and its like."""
+    """A file's bytes, or those of stdin. Raises FileNotFoundError and its like; InvalidArgument for a closed stdin."""
     if name == STANDARD:
+        if sys.stdin is None:
+            raise InvalidArgument("- is stdin, which is closed: give a file.")
         yield typer.get_binary_stream("stdin")
     else:
         with Path(name).open("rb") as stream:

@@ -78,7 +78,13 @@ def pack_command(
 
         source = "stdin" if file == STANDARD else file
         with open_input(file) as stream:
-            table = read_problem(stream, source, alignment=alignment_bytes, keep_offsets=keep_offsets)
+            table = read_problem(
+                stream,
+                source,
+                alignment=alignment_bytes,
+                keep_offsets=keep_offsets,
+                with_segments=solver is Solver.BILEVEL,
+            )
         solution = _solve(table, capacity_bytes, solver, time_limit)
         report = _report(table, solution, source, capacity_bytes)
         _write(table, solution, report, out, picture)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stowplan.cli.files import refuse_missing_directory, write_text
+from stowplan.cli.files import STANDARD, refuse_missing_directory, write_text
 from stowplan.cli.report import print_plan
 from stowplan.cli.terminal import say, told_errors
 from stowplan.core.errors import InvalidArgument
@@ -93,6 +93,8 @@ def plan_command(
     with told_errors():
         refuse_missing_directory(out)
         refuse_missing_directory(allocations, "--allocations")
+        if str(allocations) == STANDARD:
+            raise InvalidArgument("--allocations takes the name of a file: stdout is for the report.")
         if tolerance is not None and not inexact:
             raise InvalidArgument("--tolerance goes with --inexact.")
         device_bytes, host_bytes = _size(budget, "--budget"), _size(host_budget, "--host-budget")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
@@ -30,9 +31,9 @@ def told_errors() -> Iterator[None]:
     except StowplanError as error:
         fail(str(error), BAD_INPUT)
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno != errno.ENOSPC:
             raise
-        fail(f"{error.filename}: {error.strerror}", BAD_INPUT)
+        fail(f"{error.filename or 'stdout'}: {error.strerror}", BAD_INPUT)
     except Exception as error:
         if not any("the model's forward" in note for note in getattr(error, "__notes__", ())):
             raise

@@ -204,19 +204,24 @@ class AllocationTrace:
 
     def peak_bytes_by_part(self) -> dict[str, int]:
         """The highest live bytes of each part of the step, those as it begins included."""
-        ends = [mark.event for mark in self.marks[1:]] + [self.num_events]
         return {
             mark.name: max(self.live_bytes[max(0, mark.event - 1) : end], default=0)
-            for mark, end in zip(self.marks, ends, strict=True)
+            for mark, end in zip(self.marks, self._ends(), strict=True)
         }
+
+    def _ends(self) -> list[int]:
+        """Where each part of the step ends."""
+        return [*(mark.event for mark in self.marks[1:]), self.num_events]
 
     def to_csv(self) -> str:
         """A line for each buffer, as ``docs/allocations.md`` says: id,lower,upper,size,kind,segment."""
+        ends = dict(zip((mark.name for mark in self.marks), self._ends(), strict=True))
         text = StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(("id", "lower", "upper", "size", "kind", "segment"))
         for number, a in enumerate(self.allocations):
-            writer.writerow((number, a.lower, a.upper, a.size_bytes, a.kind, a.segment))
+            segment = a.segment if a.upper <= ends[a.segment] else ""
+            writer.writerow((number, a.lower, a.upper, a.size_bytes, a.kind, segment))
         return text.getvalue()
 
 

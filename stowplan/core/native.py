@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import shutil
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from stowplan.core.errors import CompilationFailed
 
-__all__ = ["compiled"]
+__all__ = ["compiled", "loaded"]
 
 _FLAGS = ("-std=c++20", "-O2", "-fPIC", "-shared", "-fvisibility=hidden")
 _LAST_LINES = 12  # of what the compiler said
@@ -61,6 +62,17 @@ def compiled(
     return library
 
 
+def loaded(library: Path) -> ctypes.CDLL:
+    """A shared library that ``compiled`` has given. Raises CompilationFailed where the system refuses it."""
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError as error:
+        raise CompilationFailed(
+            f"the library {library} cannot be loaded: {error}. Set STOWPLAN_CACHE_DIR to a directory whose files may be "
+            f"executed; a library that is not for this machine can be deleted."
+        ) from error
+
+
 def _compiler(name: str) -> list[str]:
     asked = os.environ.get("CXX", "").split()
     found = shutil.which(asked[0]) if asked else next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
@@ -73,7 +85,13 @@ def _compiler(name: str) -> list[str]:
 def _cache_directory() -> Path:
     if asked := os.environ.get("STOWPLAN_CACHE_DIR"):
         return Path(asked)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stowplan"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stowplan"
+    except RuntimeError as error:
+        raise CompilationFailed(
+            "this user has no home directory to keep compiled libraries in: set STOWPLAN_CACHE_DIR to a directory that "
+            "can be written."
+        ) from error
 
 
 def _run(command: list[str], name: str, time_limit_seconds: float) -> None:

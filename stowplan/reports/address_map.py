@@ -172,9 +172,10 @@ def marks(chart: AddressMap) -> tuple[str, int, float]:
     return "".join(paths), num_left_out, share
 
 
-def _scaled(values: Integers, first: float, span: float, length: int) -> Integers:
-    """``values`` as whole numbers from 0 (at ``first``) to ``length`` (at ``first + span``)."""
-    return np.rint((values.astype(np.float64) - first) * (length / span)).astype(np.int64)
+def _scaled(values: Integers, first: int, span: float, length: int) -> Integers:
+    """``values`` as whole numbers from 0 (at ``first``, the least) to ``length`` (at ``first + span``)."""
+    distance = (values - first).view(np.uint64)  # up to 2**63: the difference of two times may need the sign's bit
+    return np.rint(distance.astype(np.float64) * (length / span)).astype(np.int64)
 
 
 def ticks(chart: AddressMap) -> tuple[list[Tick], list[Tick]]:
@@ -182,7 +183,7 @@ def ticks(chart: AddressMap) -> tuple[list[Tick], list[Tick]]:
     first, last = chart.times
     unit = bytes_unit(chart.height_bytes)
     return (
-        [Tick(f"{time:,.0f}", (time - first) / (last - first)) for time in _round_numbers(first, last, whole=True)],
+        [Tick(f"{time:,}", (time - first) / (last - first)) for time in _round_numbers(first, last, whole=True)],
         [
             Tick(_round_text(number, unit), number * unit.size / chart.top_bytes)
             for number in _round_numbers(0, chart.top_bytes / unit.size, whole=unit.size == 1)
@@ -191,11 +192,12 @@ def ticks(chart: AddressMap) -> tuple[list[Tick], list[Tick]]:
 
 
 def _round_numbers(first: float, last: float, *, whole: bool) -> list[float]:
+    """About five round numbers from ``first`` to ``last``; of whole ones, if these are, without rounding."""
     power = 10.0 ** math.floor(math.log10((last - first) / 5))
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= (last - first) / 5)
     if whole:
-        step = max(1.0, math.ceil(step))
-    return [number * step for number in range(math.ceil(first / step), math.floor(last / step) + 1)]
+        step = max(1, math.ceil(step))
+    return [number * step for number in range(int(-(-first // step)), int(last // step) + 1)]
 
 
 def _round_text(number: float, unit: Unit) -> str:

@@ -20,7 +20,9 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from stowplan.cli import app
+from stowplan.cli.files import open_input
 from stowplan.cli.progress import Tell, packing_progress
+from stowplan.core.errors import InvalidArgument
 from stowplan.core.native import compiled
 from stowplan.planner.packing import library as packer
 from stowplan.planner.packing import validate
@@ -141,6 +143,12 @@ def test_stdin_and_stdout() -> None:
     assert "file        stdin" in result.stderr
 
 
+def test_a_closed_stdin_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(InvalidArgument, match="stdin, which is closed"), open_input("-"):
+        pass
+
+
 def test_what_is_no_regular_file_is_written_to_as_it_is(buffers: Path) -> None:
     command = f"cat '{buffers}' | '{sys.executable}' -m stowplan pack - --out /dev/stdout | cat"
     done = subprocess.run(["bash", "-c", command], check=True, capture_output=True, text=True, timeout=120)
@@ -150,6 +158,9 @@ def test_what_is_no_regular_file_is_written_to_as_it_is(buffers: Path) -> None:
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it")
 def test_a_full_disk_is_told(buffers: Path, tmp_path: Path) -> None:
     assert "/dev/full: No space left on device" in told(run("pack", buffers, "--out", "/dev/full"), 2)
+    command = f"'{sys.executable}' -m stowplan pack '{buffers}' > /dev/full"
+    done = subprocess.run(["bash", "-c", command], check=False, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (2, "stowplan: stdout: No space left on device\n")
     (tmp_path / "out.csv.tmp").mkdir()
     assert "out.csv: Is a directory" in told(run("pack", buffers, "--out", tmp_path / "out.csv"), 2)
 

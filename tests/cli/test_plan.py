@@ -112,6 +112,14 @@ def test_plan_writes_the_buffers_of_the_step(job_file: Path, tmp_path: Path) -> 
     assert out.read_text() == trace.to_csv()
     assert out.read_text().startswith("id,lower,upper,size,kind,segment\n0,0,")
     assert run("report", plan_file).stdout == result.stdout
+    for solver in ("greedy", "bilevel"):
+        packed = run("pack", out, "--solver", solver, "--time-limit", "1")
+        assert packed.exit_code == 0, packed.output
+
+
+def test_the_buffers_of_the_step_go_to_a_file(job_file: Path) -> None:
+    message = told(run("plan", "--model", f"{job_file}:job", "--budget", "1GiB", "--allocations", "-"), 2)
+    assert message == "stowplan: --allocations takes the name of a file: stdout is for the report."
 
 
 def test_plan_as_json_has_stdout_to_itself(job_file: Path) -> None:

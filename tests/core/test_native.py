@@ -1,10 +1,11 @@
 import ctypes
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from stowplan.core.errors import CompilationFailed
-from stowplan.core.native import compiled
+from stowplan.core.native import compiled, loaded
 
 SOURCE = 'extern "C" __attribute__((visibility("default"))) int answer() { return ANSWER; }\n'
 
@@ -85,3 +86,18 @@ def test_no_place_to_keep_it(source, tmp_path, monkeypatch):
     monkeypatch.setenv("STOWPLAN_CACHE_DIR", str(tmp_path / "file"))
     with pytest.raises(CompilationFailed, match="STOWPLAN_CACHE_DIR"):
         compiled("answer", [source], flags=["-DANSWER=1"])
+
+
+def test_no_home(source, monkeypatch):
+    for name in ("STOWPLAN_CACHE_DIR", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as for a user that the system does not know
+    with pytest.raises(CompilationFailed, match="set STOWPLAN_CACHE_DIR"):
+        compiled("answer", [source], flags=["-DANSWER=1"])
+
+
+def test_a_library_that_does_not_load(tmp_path):
+    library = tmp_path / "answer.so"
+    library.write_bytes(b"for another machine")
+    with pytest.raises(CompilationFailed, match=r"answer\.so cannot be loaded: .*STOWPLAN_CACHE_DIR"):
+        loaded(library)

@@ -73,6 +73,16 @@ def test_a_rectangle_is_where_its_buffer_is() -> None:
     ]
 
 
+@pytest.mark.parametrize("first", [-(2**62), 17 * 10**17, 2**62 - 400])
+def test_times_far_from_zero_are_drawn_as_those_near_it(first: int) -> None:
+    rows = [(0, 400, 100, 0), (100, 300, 50, 100)]
+    near, far = chart(rows), chart([(first + lower, first + upper, *rest) for lower, upper, *rest in rows])
+    assert marks(far) == marks(near)
+    for tick in ticks(far)[0]:
+        assert tick.place == (int(tick.text.replace(",", "")) - first) / 400
+    assert 4 <= len(ticks(far)[0]) <= 6
+
+
 @given(
     st.lists(
         st.tuples(

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from stowplan.core.errors import ArenaUnavailable
-from stowplan.core.native import compiled
+from stowplan.core.native import compiled, loaded
 
 __all__ = ["ALLOCATE", "FREE", "Arena", "ArenaStats", "ArenaStep", "Integers", "library"]
 
@@ -104,7 +104,7 @@ def library(binding: str, on_progress: Callable[[str], None]) -> ctypes.CDLL:
         flags=flags,
         on_progress=on_progress,
     )
-    return ctypes.CDLL(str(path))
+    return loaded(path)
 
 
 class Arena:

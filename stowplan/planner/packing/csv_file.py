@@ -59,12 +59,14 @@ def load_problem(path: str | os.PathLike[str], *, alignment: int = 1, keep_offse
         return read_problem(stream, str(path), alignment=alignment, keep_offsets=keep_offsets)
 
 
-def read_problem(stream: BinaryIO, source: str, *, alignment: int = 1, keep_offsets: bool = False) -> ProblemFile:
+def read_problem(
+    stream: BinaryIO, source: str, *, alignment: int = 1, keep_offsets: bool = False, with_segments: bool = False
+) -> ProblemFile:
     """The problem that ``stream`` (CSV in UTF-8) poses; offsets are to be multiples of ``alignment`` bytes.
 
     ``source`` names the stream in messages. A column ``offset`` is ignored, or with ``keep_offsets`` fixes the buffers
-    that have a number there. Raises InvalidProblemFile with line and column, InvalidArgument for an alignment that is
-    not positive.
+    that have a number there; a column ``segment`` is ignored, too, without ``with_segments``. Raises InvalidProblemFile
+    with line and column, InvalidArgument for an alignment that is not positive.
     """
     if alignment < 1:
         raise InvalidArgument(f"alignment={alignment}: give a positive number of bytes.")
@@ -72,7 +74,7 @@ def read_problem(stream: BinaryIO, source: str, *, alignment: int = 1, keep_offs
     table = _Table(source, *next(rows, (1, "")), alignment)
     for number, line in rows:
         table.add(number, line)
-    return table.finished(keep_offsets)
+    return table.finished(keep_offsets, with_segments)
 
 
 def to_csv(file: ProblemFile, offsets: Integers) -> str:
@@ -191,7 +193,7 @@ class _Table:
             self._segments[label] = (min(first, lower), max(last, upper))
         self._lines.append(line)
 
-    def finished(self, keep_offsets: bool) -> ProblemFile:
+    def finished(self, keep_offsets: bool, with_segments: bool) -> ProblemFile:
         """All rows as a problem. Raises InvalidProblemFile for what only all rows together show."""
         columns = {name: np.array(values, dtype=np.int64) for name, values in self._values.items()}
         fixed = columns["offset"] if keep_offsets and "offset" in self._column else None
@@ -211,7 +213,7 @@ class _Table:
             header=tuple(self._header),
             lines=self._lines,
             kinds=tuple(self._kinds) if "kind" in self._column else None,
-            segments=self._time_ranges() if self._segments else None,
+            segments=self._time_ranges() if with_segments and self._segments else None,
         )
 
     def _split(self, number: int, line: str) -> list[str]:

@@ -108,8 +108,11 @@ struct Instance {
   }
 };
 
-// Called with the best height (kFar: none yet), the bound and the seconds since the start; nonzero stops the solver.
-using Progress = int (*)(i64 height, i64 bound, double seconds);
+// The best height (kFar: none yet), the bound and the seconds since the start.
+struct Report { i64 height, bound; double seconds; };
+
+// Called with how far it is; nonzero stops the solver.
+using Progress = int (*)(const Report*);
 
 // The deadline, and the reports on the way to it.
 class Watch {
@@ -127,7 +130,8 @@ class Watch {
     double now = elapsed();
     if (progress_ && now >= next_report_) {
       next_report_ = now + kReportSeconds;
-      stopped_ = progress_(height, bound, now) != 0;
+      const Report report{height, bound, now};
+      stopped_ = progress_(&report) != 0;
     }
     return stopped_ |= now >= seconds_;
   }

@@ -6,7 +6,7 @@ import ctypes
 import functools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from stowplan.core.errors import InvalidArgument
-from stowplan.core.native import compiled
+from stowplan.core.native import compiled, loaded
 from stowplan.planner.packing.problem import FREE, Integers, Problem, Solution
 
 __all__ = ["ALL_RULES", "Method", "OnProgress", "library", "run", "scale"]
@@ -42,7 +42,11 @@ class _Outcome(IntEnum):
     NO_MEMORY = 3
 
 
-_Progress = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_double)
+class _Report(ctypes.Structure):
+    _fields_ = (("height", ctypes.c_int64), ("bound", ctypes.c_int64), ("seconds", ctypes.c_double))
+
+
+_Progress = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(_Report))
 _Int64 = np.ctypeslib.ndpointer(np.int64, ndim=1, flags="C_CONTIGUOUS")
 
 
@@ -50,11 +54,11 @@ _Int64 = np.ctypeslib.ndpointer(np.int64, ndim=1, flags="C_CONTIGUOUS")
 def library(on_progress: Callable[[str], None] = lambda message: None) -> Any:
     """The compiled packer; ``on_progress`` is told in a line if it is to be compiled now, which takes seconds.
 
-    Raises CompilationFailed where there is neither a prebuilt one nor a compiler.
+    Raises CompilationFailed where there is neither a prebuilt one nor a compiler, or it does not load.
     """
     headers = [_HERE / name for name in _HEADERS]
     path = compiled("stowplan_pack", [_HERE / "pack.cpp"], headers=headers, on_progress=on_progress)
-    function = ctypes.CDLL(str(path)).stowplan_pack
+    function = loaded(path).stowplan_pack
     number = ctypes.POINTER(ctypes.c_int64)
     function.argtypes = [
         ctypes.c_int, _Int64, _Int64, _Int64, _Int64, ctypes.c_int64, ctypes.c_double, ctypes.c_int, ctypes.c_uint,
@@ -81,24 +85,33 @@ def run(
     """The best packing of ``problem`` that is found; a bound above ``capacity_bytes`` says that none is within it.
 
     Ends are padded to the alignment, also when they are compared with the capacity. ``rules``: bits of rules.hpp's
-    rules for the exact search. An exception of ``on_progress`` ends the packing and is raised here.
+    rules for the exact search. An exception of ``on_progress``, or an interrupt, ends the packing and is raised here.
     Raises InvalidArgument for what the exact search is too large for.
     """
     pack, began, unit = library(), time.perf_counter(), scale(problem)
     raised: list[BaseException] = []
 
-    def report(height: int, bound: int, seconds: float) -> int:
-        try:  # also where an interrupt of the main thread arrives
-            return bool(on_progress and on_progress(height * unit, bound * unit, seconds))
+    def answers() -> Generator[int, Any, None]:
+        # A function would have interrupts raised before its first line, where nobody can catch them; a generator has
+        # them where it goes on, which is inside the try.
+        stop = False
+        try:
+            while True:
+                report = (yield stop).contents
+                stop = bool(on_progress and on_progress(report.height * unit, report.bound * unit, report.seconds))
+        except GeneratorExit:
+            return
         except BaseException as error:  # noqa: BLE001 - raised below, outside the C code
             raised.append(error)
-            return 1
+            yield True
 
+    told = answers()
+    next(told)
     fixed = np.full(len(problem), FREE) if problem.fixed is None else problem.fixed
     offsets, height, bound = np.zeros(len(problem), np.int64), ctypes.c_int64(), ctypes.c_int64()
     arrays = (problem.lower, problem.upper, problem.aligned_size // unit, np.where(fixed == FREE, FREE, fixed // unit))
     capacity = FREE if capacity_bytes is None else capacity_bytes // unit
-    asked = (capacity, time_limit_seconds, method, rules, _Progress(report))
+    asked = (capacity, time_limit_seconds, method, rules, _Progress(told.send))
     outcome = _Outcome(pack(len(problem), *arrays, *asked, offsets, height, bound))
     if raised:
         raise raised[0]

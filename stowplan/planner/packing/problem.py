@@ -31,7 +31,8 @@ class Problem:
     ``alignment``: offsets are multiples of it. ``fixed``: offsets that are given, int64 [n], ``FREE`` where they are
     not. ``names``: what messages call the buffers; by default their numbers.
 
-    Raises InvalidArgument for lifetimes that end before they have begun, sizes that are not positive, unequal lengths.
+    Raises InvalidArgument for lifetimes that end before they have begun, sizes that are not positive, unequal lengths,
+    what is no whole number of 64 bits.
     """
 
     lower: Integers
@@ -50,7 +51,7 @@ class Problem:
         for name in ("lower", "upper", "size", "fixed"):
             given = getattr(self, name)
             if given is not None:
-                object.__setattr__(self, name, np.ascontiguousarray(given, dtype=np.int64))
+                object.__setattr__(self, name, _whole(name, given))
         if not 1 <= self.alignment <= _MOST_BYTES:
             raise InvalidArgument(f"alignment={self.alignment}: give a positive number of bytes, up to 2**60.")
         self._refuse(self.upper <= self.lower, "its lifetime [lower, upper) is empty: upper must be above lower")
@@ -103,6 +104,17 @@ class Problem:
         changes = np.concatenate([-self.aligned_size, self.aligned_size])
         order = np.lexsort((changes, times))  # what ends at a time goes before what begins
         return max(highest, int(np.cumsum(changes[order]).max()))
+
+
+def _whole(name: str, given: object) -> Integers:
+    numbers = np.asarray(given)
+    whole = numbers.dtype.kind in "biu" and int(numbers.max(initial=0)) < 2**63
+    if numbers.ndim != 1 or not (whole or not numbers.size):
+        raise InvalidArgument(
+            f"{name} has {numbers.dtype} numbers in {numbers.ndim} dimensions: give a list of whole numbers from -2**63 "
+            f"to 2**63 - 1."
+        )
+    return np.ascontiguousarray(numbers, dtype=np.int64)
 
 
 @dataclass(frozen=True, eq=False)

@@ -69,8 +69,9 @@ def _check(problem: Problem, capacity_bytes: int | None, solver: str, time_limit
         raise InvalidArgument(f"solver={solver!r}: give one of {', '.join(get_args(Solver))}.")
     if not time_limit_seconds >= 0:
         raise InvalidArgument(f"time_limit_seconds={time_limit_seconds}: give a number of seconds, 0 or more.")
-    if capacity_bytes is not None and not 0 <= capacity_bytes < 2**62:
-        raise InvalidArgument(f"capacity_bytes={capacity_bytes}: give a number of bytes from 0 on, below 2**62.")
+    whole = capacity_bytes is None or isinstance(capacity_bytes, int | np.integer)
+    if not whole or not 0 <= (capacity_bytes or 0) < 2**62:
+        raise InvalidArgument(f"capacity_bytes={capacity_bytes}: give a whole number of bytes from 0 on, below 2**62.")
     if problem.fixed is None:
         return
     given = np.flatnonzero(problem.fixed != FREE)

@@ -4,6 +4,7 @@ import csv
 import io
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,14 +19,14 @@ from tests.planner.packing.problems import DSA, DSA_CAPACITY, DSA_NAMES, dsa
 PLAIN = b"id,lower,upper,size\na,0,4,100\nb,2,6,50\nc,4,9,7\n"
 
 
-def read(text: bytes | str, *, alignment: int = 1, keep_offsets: bool = False) -> ProblemFile:
+def read(text: bytes | str, **options: Any) -> ProblemFile:
     given = text if isinstance(text, bytes) else text.encode()
-    return read_problem(io.BytesIO(given), "in.csv", alignment=alignment, keep_offsets=keep_offsets)
+    return read_problem(io.BytesIO(given), "in.csv", **options)
 
 
-def refused(text: bytes | str, **options: object) -> str:
+def refused(text: bytes | str, **options: Any) -> str:
     with pytest.raises(InvalidProblemFile) as caught:
-        read(text, **options)  # type: ignore[arg-type]
+        read(text, **options)
     message = str(caught.value)
     assert message.startswith("in.csv")
     assert len(message) < 1000
@@ -119,14 +120,18 @@ def test_kept_offsets_that_cannot_be() -> None:
 
 
 def test_kinds_and_segments() -> None:
-    file = read("id,lower,upper,size,kind,segment\na,0,4,1,weights,\nb,0,2,1, act ,f0\nc,1,3,1,,f0\nd,3,4,1,act,f1\n")
+    text = "id,lower,upper,size,kind,segment\na,0,4,1,weights,\nb,0,2,1, act ,f0\nc,1,3,1,,f0\nd,3,4,1,act,f1\n"
+    file = read(text, with_segments=True)
     assert file.kinds == ("weights", "act", "", "act")
     assert file.segments == ((0, 3), (3, 4))
-    assert (read(PLAIN).kinds, read(PLAIN).segments) == (None, None)
+    plain = read(PLAIN, with_segments=True)
+    assert (plain.kinds, plain.segments) == (None, None)
 
 
 def test_segments_that_overlap() -> None:
-    message = refused("id,lower,upper,size,segment\na,0,4,1,f0\nb,3,5,1,f1\n")
+    text = "id,lower,upper,size,segment\na,0,4,1,f0\nb,3,5,1,f1\n"
+    assert read(text).segments is None
+    message = refused(text, with_segments=True)
     assert "column 'segment': 'f0' lasts until 4 and 'f1' begins at 3" in message
 
 

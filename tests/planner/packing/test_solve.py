@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import signal
 import threading
 
 import numpy as np
@@ -170,6 +172,17 @@ def test_what_progress_raises_comes_out():
         pack(dsa("D"), on_progress=fail)
 
 
+def test_an_interrupt_comes_out():
+    def interrupt_soon(*report):
+        if not timers:
+            timers.append(threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)))
+            timers[0].start()
+
+    timers: list[threading.Timer] = []
+    with pytest.raises(KeyboardInterrupt):
+        pack(dsa("D"), time_limit_seconds=60, on_progress=interrupt_soon)
+
+
 def test_no_time_is_enough_for_an_answer():
     problem = churn(20_000)
     for solver in ("auto", "greedy", "python"):
@@ -199,11 +212,19 @@ def test_many_threads_at_once():
         ({"time_limit_seconds": -1}, "time_limit_seconds=-1"),
         ({"capacity_bytes": -1}, "capacity_bytes=-1"),
         ({"capacity_bytes": 2**62}, "below 2\\*\\*62"),
+        ({"capacity_bytes": 4e9}, "capacity_bytes=4000000000.0: give a whole number"),
     ],
 )
 def test_arguments_that_are_none(given_, message):
     with pytest.raises(InvalidArgument, match=message):
         pack(Problem([0], [1], [1]), **given_)
+
+
+@pytest.mark.parametrize("upper", [[1.5], [float("nan")], [2**63], [2**64], [[1]], ["1"]])
+def test_times_that_are_no_whole_numbers_of_64_bits(upper):
+    with pytest.raises(InvalidArgument, match="upper has .* give a list of whole numbers"):
+        Problem([0], upper, [1])
+    assert Problem([0], np.array([1], dtype=np.uint64), [1]).upper.dtype == np.int64
 
 
 def test_fixed_buffers_that_overlap():
