@@ -126,7 +126,7 @@ def test_planning_that_fails_does_not_end_training(steps: Steps, error: Exceptio
     steps.learner = Learner(steps.arena, fail, 512, 8)
     sizes = [1024, 2048, 4096] * 4
     steps.run(*sizes)
-    with pytest.warns(UserWarning, match=f"could not plan a step, and serves such steps without a plan: {error}"):
+    with pytest.warns(UserWarning, match=f"could not plan a step, and serves it without a plan: {error}"):
         steps.run(*sizes)
     steps.learner._pack = _packed
     assert [steps.run(*sizes) for _ in range(4)] == [(0, 0), (0, 0), (12, 0), (12, 0)]
