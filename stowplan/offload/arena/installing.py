@@ -74,8 +74,8 @@ class Stats:
 
     @property
     def slack_bytes(self) -> int:
-        """Reserved for plans and never used."""
-        return self.slab_bytes - self.peak_bytes
+        """Reserved for plans and never used; none while the slab is given back, or smaller than it was."""
+        return max(0, self.slab_bytes - self.peak_bytes)
 
 
 class _Installed:

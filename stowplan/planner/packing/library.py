@@ -17,7 +17,7 @@ from stowplan.core.errors import InvalidArgument
 from stowplan.core.native import compiled
 from stowplan.planner.packing.problem import FREE, Integers, Problem, Solution
 
-__all__ = ["ALL_RULES", "Method", "OnProgress", "library", "run", "scale"]
+__all__ = ["ALL_RULES", "Method", "OnProgress", "library", "prepare", "run", "scale"]
 
 OnProgress = Callable[[int, int, float], object]
 """Called with the best height and the proved bound, in bytes, and the seconds so far; a true answer ends it."""
@@ -46,11 +46,19 @@ _Progress = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctype
 _Int64 = np.ctypeslib.ndpointer(np.int64, ndim=1, flags="C_CONTIGUOUS")
 
 
+def prepare(on_progress: Callable[[str], None] = lambda message: None) -> Path:
+    """Compile the packer now, if that is to be done, so that no packing has to wait for it; ``on_progress`` is told.
+
+    Raises CompilationFailed: there is neither a prebuilt one nor a compiler.
+    """
+    headers = [_HERE / name for name in _HEADERS]
+    return compiled("stowplan_pack", [_HERE / "pack.cpp"], headers=headers, on_progress=on_progress)
+
+
 @functools.cache
 def library() -> Any:
-    """The compiled packer; CompilationFailed where there is neither a prebuilt one nor a compiler."""
-    path = compiled("stowplan_pack", [_HERE / "pack.cpp"], headers=[_HERE / name for name in _HEADERS])
-    function = ctypes.CDLL(str(path)).stowplan_pack
+    """The compiled packer. Raises CompilationFailed."""
+    function = ctypes.CDLL(str(prepare())).stowplan_pack
     number = ctypes.POINTER(ctypes.c_int64)
     function.argtypes = [
         ctypes.c_int, _Int64, _Int64, _Int64, _Int64, ctypes.c_int64, ctypes.c_double, ctypes.c_int, ctypes.c_uint,
