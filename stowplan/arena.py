@@ -12,12 +12,15 @@ served at the addresses that were planned. Whatever departs from the plan is ser
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 
+from stowplan.core.errors import CompilationFailed
 from stowplan.core.units import parse_bytes
 from stowplan.offload.arena import installing
 from stowplan.offload.arena.installing import Stats
 from stowplan.offload.arena.library import Integers
 from stowplan.planner.packing import Problem, pack
+from stowplan.planner.packing.library import library
 
 __all__ = ["Stats", "install", "stats", "step", "uninstall"]
 
@@ -41,13 +44,15 @@ def install(
         most_plans: how many kinds of steps (lengths of batches) are remembered.
         strict: raise CompilationFailed where the arena cannot be compiled, instead of a warning that torch's own
             allocator serves.
-        on_progress: told when it compiles (once for each version of torch); writes to stderr by default.
+        on_progress: told when it or the packer compiles (once for each version of torch); writes to stderr by default.
 
     Raises ArenaUnavailable (CUDA is in use already, or not there; installed twice; no memory for ``slab``),
     InvalidArgument, InvalidSize, CompilationFailed.
     """
     slab_bytes = parse_bytes(slab, "slab") if slab else 0
     installing.install(device, _packed, slab_bytes=slab_bytes, most_plans=most_plans, strict=strict, notify=on_progress)
+    with suppress(CompilationFailed):  # whoever packs says so, and does without
+        library(on_progress)
 
 
 def uninstall() -> None:

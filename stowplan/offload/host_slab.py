@@ -112,14 +112,20 @@ class HostSlab:
                 address = self._address + start
                 return Taken(layout.spans_from(start, address), (Span(start, layout.total_bytes, address),))
             starts = [self._carve(need) for need in layout.needs]
-        spans = [
-            Span(start, size, self._address + start) if start >= 0 else self._beside(size)
+        spans: list[Span | None] = [
+            Span(start, size, self._address + start) if start >= 0 else None
             for start, size in zip(starts, layout.sizes, strict=True)
         ]
+        try:
+            taken = [span or self._beside(size) for span, size in zip(spans, layout.sizes, strict=True)]
+        except BaseException:  # the host is full, too
+            for span in filter(None, spans):
+                self.give_back(span)
+            raise
         beside = sum(need for start, need in zip(starts, layout.needs, strict=True) if start < 0)
         if beside:
             self._tell_of_overflow(beside)
-        return Taken(spans, spans)
+        return Taken(taken, taken)
 
     def _beside(self, size_bytes: int) -> Span:
         overflow = _host_bytes(_aligned(size_bytes), self._device)

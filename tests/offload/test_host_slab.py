@@ -163,3 +163,20 @@ def test_what_the_collector_gives_back_in_the_middle_of_a_take(monkeypatch: pyte
     assert slab.take(8 * ALIGNMENT)[:2] == (0, 8 * ALIGNMENT)
     assert not late
     assert slab.used_bytes == slab.size_bytes
+
+
+@pytest.mark.filterwarnings("ignore:the host slab:RuntimeWarning")
+def test_where_the_host_is_full_too_nothing_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    slab = HostSlab(1024)
+    real = host_slab._host_bytes
+
+    def fail(size_bytes: int, device: torch.device | None) -> torch.Tensor:
+        if size_bytes > 512:
+            raise OSError("no memory")
+        return real(size_bytes, device)
+
+    monkeypatch.setattr(host_slab, "_host_bytes", fail)
+    for _ in range(2):
+        with pytest.raises(OSError, match="no memory"):
+            slab.take_all(Layout([512, 512, 64, 576]))
+        assert slab.used_bytes == 0

@@ -74,8 +74,8 @@ class Stats:
 
     @property
     def slack_bytes(self) -> int:
-        """Reserved for plans and never used."""
-        return self.slab_bytes - self.peak_bytes
+        """Reserved for plans and never used; none while the slab is given back, or smaller than it was."""
+        return max(0, self.slab_bytes - self.peak_bytes)
 
 
 class _Installed:
@@ -127,7 +127,7 @@ def install(
     """See ``stowplan.arena.install``."""
     if _Process.installed is not None:
         raise ArenaUnavailable(f"the arena is installed already, for {_Process.installed.device}: install it once.")
-    if not isinstance(most_plans, int) or isinstance(most_plans, bool) or most_plans < 1:
+    if type(most_plans) is not int or most_plans < 1:
         raise InvalidArgument(f"most_plans={most_plans!r}: give a positive number of plans.")
     chosen = _device(device)
     try:
@@ -156,7 +156,7 @@ def _device(given: str | None) -> torch.device:
         if not torch.cuda.is_available():
             raise ArenaUnavailable(f"device={given!r}: torch sees no CUDA device here.")
         count = torch.cuda.device_count()
-        if device.index is None:
+        if str(device) == "cuda":
             return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % count)
         if device.index >= count:
             raise ArenaUnavailable(f"device={given!r}: torch sees {count} CUDA devices here, the first is 'cuda:0'.")

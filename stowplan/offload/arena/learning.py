@@ -81,9 +81,7 @@ class Learner:
             self._depart(StepLog.of(self._arena.log(1, self._num_events[0])), ended.thread)
         except (MemoryError, StowplanError) as error:  # training goes on without a plan
             self._seen.clear()
-            warnings.warn(
-                f"the arena could not plan a step, and serves such steps without a plan: {error}", stacklevel=2
-            )
+            warnings.warn(f"the arena could not plan a step, and serves it without a plan: {error}", stacklevel=2)
         finally:
             self.planning_seconds += self._now() - start
 

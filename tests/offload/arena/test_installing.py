@@ -71,6 +71,20 @@ def test_options_are_checked(option: str, value: object) -> None:
         arena.install(**{"device": "cpu", option: value})
 
 
+def test_all_is_compiled_before_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No step waits for a compiler; the one here copies what has been compiled."""
+    fake = tmp_path / "compiler"
+    fake.write_text('#!/bin/sh\nfor last; do :; done\ncp "$SOME_LIBRARY" "$last"\n', encoding="utf-8")
+    fake.chmod(0o755)
+    monkeypatch.setenv("SOME_LIBRARY", library.library("torch_cpu", lambda message: None)._name)
+    monkeypatch.setenv("STOWPLAN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("CXX", str(fake))
+    told: list[str] = []
+    arena.install("cpu", strict=True, on_progress=told.append)
+    arena.uninstall()
+    assert told == ["compiling arena_torch_cpu (once)", "compiling stowplan_pack (once)"]
+
+
 def test_a_slab_may_be_reserved_at_once() -> None:
     arena.install("cpu", slab="64 MiB", strict=True)
     _train()
