@@ -52,7 +52,7 @@ _Int64 = np.ctypeslib.ndpointer(np.int64, ndim=1, flags="C_CONTIGUOUS")
 
 @functools.cache
 def library() -> Any:
-    """The compiled packer; CompilationFailed where there is neither a prebuilt one nor a compiler, or it does not load."""
+    """The compiled packer; CompilationFailed where it does not load, or is neither prebuilt nor to be compiled."""
     path = compiled("stowplan_pack", [_HERE / "pack.cpp"], headers=[_HERE / name for name in _HEADERS])
     function = loaded(path).stowplan_pack
     number = ctypes.POINTER(ctypes.c_int64)
