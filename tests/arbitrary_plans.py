@@ -57,7 +57,7 @@ measurements = st.builds(
 machines = st.builds(
     Hardware,
     name=names,
-    device_type=names,
+    device_type=st.sampled_from(("cpu", "cuda")),
     device_bytes=sizes,
     matmul_flops_per_second=rates,
     memory_bytes_per_second=rates,

@@ -68,8 +68,8 @@ def loaded(library: Path) -> ctypes.CDLL:
         return ctypes.CDLL(str(library))
     except OSError as error:
         raise CompilationFailed(
-            f"the library {library} cannot be loaded: {error}. Set STOWPLAN_CACHE_DIR to a directory whose files may be "
-            f"executed; a library that is not for this machine can be deleted."
+            f"the library {library} cannot be loaded: {error}. Set STOWPLAN_CACHE_DIR to a directory whose files may "
+            f"be executed; a library that is not for this machine can be deleted."
         ) from error
 
 

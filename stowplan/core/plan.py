@@ -32,6 +32,7 @@ __all__ = [
 ]
 
 FORMAT_VERSION = 1
+_MOST_DIGITS = 30  # of a whole number in a file: far beyond bytes, far below the largest float
 
 _ANEW = "Make it anew with stowplan plan --out."
 
@@ -194,7 +195,7 @@ class Plan:
     def from_json(text: str, source: str = "the text") -> Plan:
         """Inverse of ``to_json``. Raises InvalidPlanFile; ``source`` names the file in the message."""
         try:
-            plain = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
+            plain = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite, parse_int=_bounded)
         except (ValueError, RecursionError) as error:
             raise InvalidPlanFile(f"{source} is not JSON: {error}. {_ANEW}") from None
         if not isinstance(plain, dict) or plain.pop("format", None) != "stowplan-plan":
@@ -237,6 +238,8 @@ def _check_ranges(plan: Plan) -> None:
     if fault:
         raise RecordError(f"$.tolerance: {fault}")
     hardware = plan.hardware
+    if hardware.device_type not in ("cpu", "cuda"):
+        raise RecordError(f"$.hardware.device_type: {hardware.device_type!r} is neither 'cpu' nor 'cuda'")
     if hardware.staging_blocks < 1:
         raise RecordError(f"$.hardware.staging_blocks: {hardware.staging_blocks} is less than 1")
     for name in ("to_host_bytes_per_second", "to_device_bytes_per_second"):
@@ -259,6 +262,12 @@ def _finite(digits: str) -> float:
     if not math.isfinite(number):
         raise ValueError(f"{digits} is too large a number")
     return number
+
+
+def _bounded(digits: str) -> int:
+    if len(digits) > _MOST_DIGITS:
+        raise ValueError(f"{digits[:_MOST_DIGITS]}... is too large a number")
+    return int(digits)
 
 
 def _refuse_constant(constant: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from stowplan.core.allocations import Addresses, AllocationTrace
+from stowplan.core.errors import InvalidArgument
 from stowplan.core.hardware import Hardware
 from stowplan.core.plan import Plan
 from stowplan.core.program import Decisions, StepProgram
@@ -27,7 +28,9 @@ def requests(step: StepProgram, hardware: Hardware, decisions: Decisions | None 
 
 
 def packing_problem(trace: AllocationTrace, alignment_bytes: int = 1) -> PackingProblem:
-    """The buffers of ``trace`` to be packed; times are its event numbers."""
+    """The buffers of ``trace`` to be packed; times are its event numbers. Raises InvalidArgument beyond 2**60 bytes."""
+    if trace.bound_bytes > 2**60:
+        raise InvalidArgument(f"{trace.bound_bytes} bytes are alive together: there are addresses for 2**60 at most.")
     rows = [(allocation.lower, allocation.upper, allocation.size_bytes) for allocation in trace.allocations]
     lower, upper, size = np.array(rows, dtype=np.int64).reshape(-1, 3).T
     return PackingProblem(lower, upper, size, alignment=alignment_bytes)

@@ -113,6 +113,10 @@ def test_a_missing_file_is_no_invalid_one(tmp_path: Path) -> None:
             example_plan().to_json().replace('"declined"', '"tolerance": 1e999, "declined"'),
             "1e999 is too large",
         ),
+        (
+            example_plan().to_json().replace('"host_budget_bytes": ', '"host_budget_bytes": ' + 40 * "1"),
+            "1{30}... is too large",
+        ),
         ('{"format": "stowplan-plan", "version": 1}', r"\$\.step: NoneType where dict is expected"),
     ],
 )
@@ -163,6 +167,7 @@ def _gaps(*blocks: int) -> list[Document]:
         (_set("extra", to=1), "$: unknown key 'extra'"),
         (_set("budget_bytes", to=-1), "$.budget_bytes: -1 is less than 0"),
         (_set("tolerance", to=1e-3), "$.tolerance: 0.001 goes with exact=False"),
+        (_set("hardware", "device_type", to="tpu"), "$.hardware.device_type: 'tpu' is neither 'cpu' nor 'cuda'"),
         (_set("hardware", "staging_blocks", to=0), "$.hardware.staging_blocks: 0 is less than 1"),
         (_set("hardware", "to_host_bytes_per_second", to=0.0), "$.hardware.to_host_bytes_per_second: 0.0 is not more"),
         (_set("budget_bytes", to="1GiB"), "$.budget_bytes: str where int is expected"),

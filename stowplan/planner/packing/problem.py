@@ -111,8 +111,8 @@ def _whole(name: str, given: object) -> Integers:
     whole = numbers.dtype.kind in "biu" and int(numbers.max(initial=0)) < 2**63
     if numbers.ndim != 1 or not (whole or not numbers.size):
         raise InvalidArgument(
-            f"{name} has {numbers.dtype} numbers in {numbers.ndim} dimensions: give a list of whole numbers from -2**63 "
-            f"to 2**63 - 1."
+            f"{name} has {numbers.dtype} numbers in {numbers.ndim} dimensions: give a list of whole numbers from "
+            f"-2**63 to 2**63 - 1."
         )
     return np.ascontiguousarray(numbers, dtype=np.int64)
 

@@ -222,7 +222,7 @@ def test_arguments_that_are_none(given_, message):
 
 @pytest.mark.parametrize("upper", [[1.5], [float("nan")], [2**63], [2**64], [[1]], ["1"]])
 def test_times_that_are_no_whole_numbers_of_64_bits(upper):
-    with pytest.raises(InvalidArgument, match="upper has .* give a list of whole numbers"):
+    with pytest.raises(InvalidArgument, match=r"upper has .* give a list of whole numbers"):
         Problem([0], upper, [1])
     assert Problem([0], np.array([1], dtype=np.uint64), [1]).upper.dtype == np.int64
 
