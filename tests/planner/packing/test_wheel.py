@@ -14,7 +14,16 @@ import pytest
 
 ROOT = Path(__file__).parents[3]
 PACKING = "stowplan/planner/packing"
-SOURCES = ("pack.cpp", "instance.hpp", "placing.hpp", "greedy.hpp", "improve.hpp", "rules.hpp", "search.hpp")
+SOURCES = (
+    "pack.cpp",
+    "instance.hpp",
+    "placing.hpp",
+    "greedy.hpp",
+    "improve.hpp",
+    "rules.hpp",
+    "search.hpp",
+    "portfolio.hpp",
+)
 # Packs with the wheel's library: no compiler is to be found, and -S leaves the editable install out.
 PROGRAM = """
 from stowplan.planner.packing import Problem, library, pack
