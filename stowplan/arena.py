@@ -19,8 +19,7 @@ from stowplan.core.units import parse_bytes
 from stowplan.offload.arena import installing
 from stowplan.offload.arena.installing import Stats
 from stowplan.offload.arena.library import Integers
-from stowplan.planner.packing import Problem, pack
-from stowplan.planner.packing.library import library
+from stowplan.planner.packing import Problem, pack, prepare
 
 __all__ = ["Stats", "install", "stats", "step", "uninstall"]
 
@@ -52,7 +51,7 @@ def install(
     slab_bytes = parse_bytes(slab, "slab") if slab else 0
     installing.install(device, _packed, slab_bytes=slab_bytes, most_plans=most_plans, strict=strict, notify=on_progress)
     with suppress(CompilationFailed):  # whoever packs says so, and does without
-        library(on_progress)
+        prepare(on_progress)
 
 
 def uninstall() -> None:

@@ -112,11 +112,10 @@ def _solve(table: ProblemFile, capacity_bytes: int | None, solver: Solver, time_
     """The best addresses that are found; also where it is proved that none are within the capacity."""
     from stowplan.cli.progress import packing_progress
     from stowplan.core.errors import CompilationFailed, InfeasibleCapacity
-    from stowplan.planner.packing import pack
-    from stowplan.planner.packing.library import library
+    from stowplan.planner.packing import pack, prepare
 
     with suppress(CompilationFailed):  # pack tells, or does without
-        library(say)
+        prepare(say)
     began = time.monotonic()
     with _told_warnings(), packing_progress() as tell:
         find = partial(pack, table.problem, solver=solver.value, segments=table.segments, on_progress=tell)

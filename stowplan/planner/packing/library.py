@@ -17,7 +17,7 @@ from stowplan.core.errors import InvalidArgument
 from stowplan.core.native import compiled, loaded
 from stowplan.planner.packing.problem import FREE, Integers, Problem, Solution
 
-__all__ = ["ALL_RULES", "Method", "OnProgress", "library", "run", "scale"]
+__all__ = ["ALL_RULES", "Method", "OnProgress", "library", "prepare", "run", "scale"]
 
 OnProgress = Callable[[int, int, float], object]
 """Called with the best height and the proved bound, in bytes, and the seconds so far; a true answer ends it."""
@@ -50,15 +50,19 @@ _Progress = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(_Report))
 _Int64 = np.ctypeslib.ndpointer(np.int64, ndim=1, flags="C_CONTIGUOUS")
 
 
-@functools.cache
-def library(on_progress: Callable[[str], None] = lambda message: None) -> Any:
-    """The compiled packer; ``on_progress`` is told in a line if it is to be compiled now, which takes seconds.
+def prepare(on_progress: Callable[[str], None] = lambda message: None) -> Path:
+    """Compile the packer now, if that is to be done, so that no packing has to wait for it; ``on_progress`` is told.
 
-    Raises CompilationFailed where there is neither a prebuilt one nor a compiler, or it does not load.
+    Raises CompilationFailed: there is neither a prebuilt one nor a compiler.
     """
     headers = [_HERE / name for name in _HEADERS]
-    path = compiled("stowplan_pack", [_HERE / "pack.cpp"], headers=headers, on_progress=on_progress)
-    function = loaded(path).stowplan_pack
+    return compiled("stowplan_pack", [_HERE / "pack.cpp"], headers=headers, on_progress=on_progress)
+
+
+@functools.cache
+def library() -> Any:
+    """The compiled packer. Raises CompilationFailed, also where it does not load."""
+    function = loaded(prepare()).stowplan_pack
     number = ctypes.POINTER(ctypes.c_int64)
     function.argtypes = [
         ctypes.c_int, _Int64, _Int64, _Int64, _Int64, ctypes.c_int64, ctypes.c_double, ctypes.c_int, ctypes.c_uint,
