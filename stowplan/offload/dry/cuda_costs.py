@@ -66,8 +66,7 @@ def assumptions(target: CudaTarget) -> tuple[str, ...]:
         f"cuBLAS and cuBLASLt hold {format_bytes(library_bytes(target))} (torch's defaults, one stream); the CUDA "
         f"context, {format_bytes(CONTEXT_BYTES)} by a guess, is not part of the budget",
         f"scratch of attention and of the embedding's backward follows torch's CUDA sources, that of cuDNN attention "
-        f"and of convolutions is a guess, other kernels take none; storages are rounded up to {_BLOCK_BYTES} bytes and "
-        "the allocator's fragmentation is not counted",
+        f"and of convolutions is a guess, other kernels take none; storages are rounded up to {_BLOCK_BYTES} bytes",
         "libraries that ask torch.cuda.is_available() took their road for machines without a GPU; Triton and other "
         "custom kernels were not reached",
     )

@@ -6,22 +6,28 @@ import time
 
 import numpy as np
 
+from stowplan.planner.packing.library import OnProgress
 from stowplan.planner.packing.problem import FREE, Integers, Problem, Solution
 
 __all__ = ["pack_in_python"]
 
 
-def pack_in_python(problem: Problem, enough_bytes: int, time_limit_seconds: float) -> Solution:
+def pack_in_python(
+    problem: Problem, enough_bytes: int, time_limit_seconds: float, on_progress: OnProgress | None = None
+) -> Solution:
     """First fit by size, by area, by width and by crowding, until ``enough_bytes`` or the time is met.
 
-    The first order is always tried. The bound is the problem's: nothing is proved by search.
+    The first order is always tried; ``on_progress`` is called after each, and a true answer ends it. The bound is the
+    problem's: nothing is proved by search.
     """
     began = time.perf_counter()
     best = _first_fit(problem, _by(problem.aligned_size))
     height = _height(problem, best)
     widths = problem.upper.astype(np.float64) - problem.lower
     for keys in (widths * problem.size, widths, problem.aligned_size * _crowding(problem).astype(np.float64) ** 8):
-        if height <= enough_bytes or time.perf_counter() - began > time_limit_seconds:
+        seconds = time.perf_counter() - began
+        stopped = on_progress is not None and on_progress(height, problem.bound_bytes, seconds)
+        if stopped or height <= enough_bytes or seconds > time_limit_seconds:
             break
         offsets = _first_fit(problem, _by(keys))
         if _height(problem, offsets) < height:

@@ -37,7 +37,8 @@ def pack(
     ``"bilevel"``: MEMO's two levels of MIPs, with ``segments`` or those that are found (bilevel.py); a baseline.
 
     Ends are padded to the alignment, also against ``capacity_bytes``. A time limit is met within some 50 ms once there
-    is a first packing, which takes O(n log n) whatever the limit. A solution above the capacity: time ran out.
+    is a first packing, which takes O(n log n) whatever the limit (``"python"``: O(n^2)); the answer's check comes on
+    top. A solution above the capacity: time ran out.
 
     Raises InfeasibleCapacity: proved, by the bytes that are alive together or by a search that came to its end.
     InvalidArgument: fixed offsets that overlap, too many buffers for ``"exact"``, a solver, a time limit or a capacity
@@ -50,7 +51,9 @@ def pack(
 
         solution = solve_bilevel(problem, segments, time_limit_seconds, on_progress)
     elif method is None:
-        solution = pack_in_python(problem, max(problem.bound_bytes, capacity_bytes or 0), time_limit_seconds)
+        solution = pack_in_python(
+            problem, max(problem.bound_bytes, capacity_bytes or 0), time_limit_seconds, on_progress
+        )
     else:
         solution = run(problem, method, capacity_bytes, time_limit_seconds, on_progress)
     fault = validate(problem, solution.offsets, solution.height_bytes)

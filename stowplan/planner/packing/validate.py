@@ -6,6 +6,8 @@ from bisect import bisect_left, insort
 from dataclasses import dataclass
 from enum import StrEnum
 
+import numpy as np
+
 from stowplan.planner.packing.problem import FREE, Integers, Problem
 
 __all__ = ["Verdict", "Violation", "validate"]
@@ -52,13 +54,15 @@ def validate(problem: Problem, offsets: Integers, capacity_bytes: int | None = N
 
 
 def _first_overlap(problem: Problem, starts: list[int], sizes: list[int]) -> Violation | None:
-    events = [(time, False, buffer) for buffer, time in enumerate(problem.upper.tolist())]
-    events += [(time, True, buffer) for buffer, time in enumerate(problem.lower.tolist())]
+    count = len(problem)
+    begins = np.arange(2 * count) >= count
+    events = np.lexsort((begins, np.concatenate([problem.upper, problem.lower])))  # what ends at a time goes first
     alive: list[tuple[int, int]] = []  # (start, buffer), by start
-    for _, begins, buffer in sorted(events):  # what ends at a time goes before what begins
+    for event in events.tolist():
+        buffer = event % count
         start, end = starts[buffer], starts[buffer] + sizes[buffer]
         place = bisect_left(alive, (start, buffer))
-        if not begins:
+        if event < count:
             del alive[place]
             continue
         for neighbour in alive[max(place - 1, 0) : place + 1]:

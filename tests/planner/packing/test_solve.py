@@ -164,6 +164,16 @@ def test_progress_is_told_and_may_stop():
     assert solution.seconds < 60
 
 
+def test_progress_of_packing_in_python_is_told_after_each_order():
+    told = []
+    problem = dsa("D")
+    check(problem, pack(problem, solver="python", on_progress=lambda *report: told.append(report)))
+    assert len(told) == 3
+    assert [bound for _, bound, _ in told] == [problem.bound_bytes] * 3
+    first = pack(problem, solver="python", on_progress=lambda *report: True)
+    assert first.height_bytes == told[0][0] > problem.bound_bytes
+
+
 def test_what_progress_raises_comes_out():
     def fail(*report):
         raise KeyError("mine")
