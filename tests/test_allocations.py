@@ -27,8 +27,8 @@ from stowplan.planner.packing import validate
 from tests.models import batch_for, gpt2, llama
 
 LARGE = 1024  # bytes; smaller requests are the framework's own
-# The engine looks at the CPU's random generator a few times a step, and each look is a copy of its state.
-LOOKS = {torch.get_rng_state().nbytes: 3}
+# Each look of the engine at the CPU's random generator is a copy of its state; how many a step takes depends on the plan.
+LOOK = torch.get_rng_state().nbytes
 MAKERS: dict[str, Callable[..., torch.nn.Module]] = {"llama": llama, "gpt2": gpt2}
 BATCH = batch_for(0, sequence=32)
 
@@ -100,7 +100,7 @@ def test_requests_are_those_of_a_real_step_under_a_plan(name: str, share: float)
     assert not plan.declined
     trace = stowplan.allocations(plan)
     peak_bytes, requested = real_step(name, plan)
-    assert sizes(trace) == Counter(requested) - Counter(LOOKS)
+    assert sizes(trace) == Counter({size: times for size, times in Counter(requested).items() if size != LOOK})
     assert trace.bound_bytes == pytest.approx(peak_bytes, rel=0.01)
 
 
