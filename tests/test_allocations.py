@@ -27,7 +27,7 @@ from stowplan.planner.packing import validate
 from tests.models import batch_for, gpt2, llama
 
 LARGE = 1024  # bytes; smaller requests are the framework's own
-# Each look of the engine at the CPU's random generator is a copy of its state; how many a step takes depends on the plan.
+# A look of the engine at the CPU's random generator is a copy of its state; how many a step takes depends on the plan.
 LOOK = torch.get_rng_state().nbytes
 MAKERS: dict[str, Callable[..., torch.nn.Module]] = {"llama": llama, "gpt2": gpt2}
 BATCH = batch_for(0, sequence=32)
