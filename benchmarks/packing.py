@@ -5,10 +5,12 @@
     python -m benchmarks.packing --minimalloc PATH        # its command-line program, built by hand
 
 Families: ``dsa``, six problems of minimalloc with a capacity; ``variants`` of these that can be packed by construction
-(warped or reversed time, buffers removed, or cut into two); ``churn``, unstructured lifetimes and sizes; ``layers``,
-the trace of a training step. With a capacity the question is whether it is met in time, without, how far the height is
-from the bound. Every answer is checked. omnimalloc takes part when it is installed (``pip install omnimalloc``; greedy
-by size, and its own choice, on one thread). Results go to benchmarks/results/packing.json.
+(warped or reversed time, buffers removed, or cut into two); ``steps``, training steps of Llama, GPT-2, ViT and T5 with
+everything kept and under a plan, whose segments are known, so that the bi-level solver packs them, too; ``churn``,
+unstructured lifetimes and sizes; ``layers``, made up like a step, and as long as wished. With a capacity the question
+is whether it is met in time, without, how far the height is from the bound. Every answer is checked. omnimalloc takes
+part when it is installed (``pip install omnimalloc``; greedy by size, and its own choice, on one thread). Results go to
+benchmarks/results/packing.json.
 """
 
 from __future__ import annotations
@@ -23,19 +25,24 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.record import write_record
+from benchmarks.step_traces import BLOCKS, step_traces
+from stowplan.planner.addresses import ALIGNMENT_BYTES, packing_problem
 from stowplan.planner.packing import Problem, pack, validate
 from stowplan.planner.packing.library import library
+from stowplan.planner.packing.segments import Segments
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DSA = ROOT / "tests" / "data" / "dsa"
 CAPACITY = 1048576
+BILEVEL = "stowplan bilevel"
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,7 @@ class Case:
     name: str
     problem: Problem
     capacity_bytes: int | None = None
+    segments: Segments | None = None
 
 
 Packer = Callable[[Case, float], Any]  # offsets, or None: no answer
@@ -54,6 +62,7 @@ def main() -> None:
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES), help="kinds of problems")
     parser.add_argument("--time-limit", type=float, default=20.0, help="wall seconds for each packer and problem")
     parser.add_argument("--churn", type=int, nargs="+", default=[20_000, 100_000], help="buffers of churn and layers")
+    parser.add_argument("--blocks", type=int, nargs="+", default=BLOCKS, help="depths of the steps' models")
     parser.add_argument("--variants", type=int, default=1, help="of each kind, of each of the six problems")
     parser.add_argument("--seed", type=int, default=0, help="of variants and churn")
     parser.add_argument("--minimalloc", type=Path, help="minimalloc's program")
@@ -76,7 +85,7 @@ def main() -> None:
 
 
 def measure(case: Case, name: str, packer: Packer, time_limit_seconds: float) -> dict[str, Any] | None:
-    if name == "minimalloc" and case.capacity_bytes is None:
+    if (name == "minimalloc" and case.capacity_bytes is None) or (name == BILEVEL and case.segments is None):
         return None
     wall, cpu = time.perf_counter(), cpu_seconds()
     offsets = packer(case, time_limit_seconds)
@@ -130,6 +139,7 @@ def summarise(rows: list[dict[str, Any]]) -> list[str]:
 
 def available(minimalloc: Path | None) -> dict[str, Packer]:
     packers: dict[str, Packer] = {"stowplan greedy": ours("greedy"), "stowplan auto": ours("auto")}
+    packers[BILEVEL] = ours("bilevel")
     if importlib.util.find_spec("omnimalloc"):
         packers |= {f"omnimalloc {name}": omnimalloc(name) for name in ("greedy_by_size", "omni")}
     if minimalloc is not None:
@@ -140,7 +150,7 @@ def available(minimalloc: Path | None) -> dict[str, Packer]:
 def ours(solver: Any) -> Packer:
     def packer(case: Case, time_limit_seconds: float) -> Any:
         limit = {"capacity_bytes": case.capacity_bytes, "time_limit_seconds": time_limit_seconds}
-        return pack(case.problem, solver=solver, **limit).offsets
+        return pack(case.problem, solver=solver, segments=case.segments, **limit).offsets
 
     return packer
 
@@ -235,6 +245,13 @@ KINDS = {
 }
 
 
+def steps(given: argparse.Namespace) -> Iterator[Case]:
+    for name, trace, device in step_traces(blocks=given.blocks):
+        edges = [mark.event for mark in trace.marks]
+        segments = [(lower, upper) for lower, upper in pairwise(edges) if lower < upper]
+        yield Case("steps", name, packing_problem(trace, ALIGNMENT_BYTES[device]), segments=segments)
+
+
 def churn(given: argparse.Namespace) -> Iterator[Case]:
     for count in given.churn:
         for place, (name, (lifetimes, sizes)) in enumerate(CHURN.items()):
@@ -279,6 +296,7 @@ def layers(given: argparse.Namespace) -> Iterator[Case]:
 FAMILIES: dict[str, Callable[[argparse.Namespace], Iterator[Case]]] = {
     "dsa": dsa,
     "variants": variants,
+    "steps": steps,
     "churn": churn,
     "layers": layers,
 }

@@ -1,34 +1,22 @@
 """The buffers of training steps, for packing: models of 2 to 32 blocks, everything kept and under plans.
 
-    python -m benchmarks.step_traces                        packs all; some minutes on two cores
-    python -m benchmarks.step_traces --only gpt2 --blocks 2,32
-
-``step_traces`` makes them by dry capture, so that deep models take no memory. Run as a program, each is packed: height
-over bound, which is to be at most 1.01, and seconds. Writes benchmarks/results/step_traces.json.
+Made by dry capture, so that deep models take no memory. ``benchmarks.packing`` packs them.
 """
 
 from __future__ import annotations
 
-import argparse
-import time
 from collections.abc import Callable, Collection, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import transformers
 
 import stowplan
-from benchmarks.record import write_record
 from stowplan.core.allocations import AllocationTrace
-from stowplan.planner.addresses import ALIGNMENT_BYTES, packing_problem
-from stowplan.planner.packing import pack
 
-RESULTS = Path(__file__).parent / "results"
 BLOCKS = (2, 8, 32)
 HIDDEN, HEADS, VOCABULARY, BATCH, LENGTH = 512, 8, 8192, 2, 512
 PLANNED = 0.3  # of the room between the least budget and that of everything kept
-SECONDS = 10.0
 
 
 class Step(NamedTuple):
@@ -109,24 +97,3 @@ def step_traces(models: Collection[str] = tuple(MODELS), blocks: Collection[int]
             room = roomy.needed_by(roomy.unplanned) - roomy.least_budget_bytes
             tight = stowplan.replan(roomy, budget=roomy.least_budget_bytes + int(room * PLANNED))
             yield Step(f"{model} {num_blocks} planned", stowplan.allocations(tight), device)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default=",".join(MODELS), help="models, by comma")
-    parser.add_argument("--blocks", default=",".join(map(str, BLOCKS)), help="depths, by comma")
-    options = parser.parse_args()
-    rows = []
-    for name, trace, device in step_traces(options.only.split(","), [*map(int, options.blocks.split(","))]):
-        problem = packing_problem(trace, ALIGNMENT_BYTES[device])
-        began = time.perf_counter()
-        solution = pack(problem, time_limit_seconds=SECONDS)
-        seconds = time.perf_counter() - began
-        ratio = solution.height_bytes / problem.bound_bytes
-        print(f"{name:<20}{len(problem):>8} buffers  {ratio:.5f} of the bound  {seconds:.2f} s", flush=True)
-        rows.append({"step": name, "num_buffers": len(problem), "height_over_bound": ratio, "seconds": seconds})
-    write_record(RESULTS / "step_traces.json", rows)
-
-
-if __name__ == "__main__":
-    main()
