@@ -95,7 +95,7 @@ def measure(case: Case, name: str, packer: Packer, time_limit_seconds: float) ->
     if offsets is None:
         return row | {"fits": False}
     assert validate(case.problem, offsets) is None, f"{name} on {case.name}"
-    height = int((offsets + case.problem.size).max())
+    height = int((offsets + case.problem.aligned_size).max())
     row["over_bound"] = height / case.problem.bound_bytes
     if case.capacity_bytes is not None:
         row["fits"] = height <= case.capacity_bytes
@@ -162,7 +162,7 @@ def omnimalloc(name: str) -> Packer:
 
     def packer(case: Case, time_limit_seconds: float) -> Any:
         p = case.problem
-        numbers = zip(p.size.tolist(), p.lower.tolist(), p.upper.tolist(), strict=True)
+        numbers = zip(p.aligned_size.tolist(), p.lower.tolist(), p.upper.tolist(), strict=True)
         placed = peer.allocate([peer.Allocation(i, *each) for i, each in enumerate(numbers)], name)
         offsets = np.zeros(len(p), np.int64)
         for each in placed:
