@@ -5,16 +5,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import BinaryIO
 
 import typer
 
 from stowplan.core.errors import InvalidArgument
 
-__all__ = ["STANDARD", "open_input", "refuse_missing_directory", "write_text"]
+__all__ = ["STANDARD", "open_input", "refuse_missing_directory", "refuse_picture", "write_text"]
 
 STANDARD = "-"
+_PICTURES = (".html", ".svg")
 
 
 @contextmanager
@@ -36,6 +37,13 @@ def refuse_missing_directory(out: str | Path | None, option: str = "--out") -> N
     path = Path(out)
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise InvalidArgument(f"{option} {str(out)!r} cannot be written: give a file in a directory that exists.")
+
+
+def refuse_picture(picture: str | None) -> None:
+    """Tell that ``--picture`` cannot be written before the work for it is done. Raises InvalidArgument."""
+    refuse_missing_directory(picture, "--picture")
+    if picture is not None and PurePath(picture).suffix.lower() not in _PICTURES:
+        raise InvalidArgument(f"--picture {picture!r}: allowed: a name that ends with {' or '.join(_PICTURES)}.")
 
 
 def write_text(name: str, text: str) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stowplan.cli.files import STANDARD, open_input, refuse_missing_directory, write_text
+from stowplan.cli.files import STANDARD, open_input, refuse_missing_directory, refuse_picture, write_text
 from stowplan.cli.terminal import INFEASIBLE, fail, say, told_errors
 from stowplan.core.errors import InvalidArgument
 
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from stowplan.reports.packing import PackingReport
 
 __all__ = ["EXAMPLES", "Solver", "pack_command"]
-
-_PICTURES = (".html", ".svg")
 
 
 class Solver(StrEnum):
@@ -95,9 +93,7 @@ def pack_command(
 
 def _refuse_outputs(out: str | None, picture: str | None, as_json: bool) -> None:
     refuse_missing_directory(out)
-    refuse_missing_directory(picture, "--picture")
-    if picture is not None and PurePath(picture).suffix.lower() not in _PICTURES:
-        raise InvalidArgument(f"--picture {picture!r}: allowed: a name that ends with {' or '.join(_PICTURES)}.")
+    refuse_picture(picture)
     if as_json and out == STANDARD:
         raise InvalidArgument("--json and --out - both want stdout; give --out a file.")
 

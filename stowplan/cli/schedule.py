@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stowplan.cli.files import STANDARD, refuse_missing_directory, write_text
+from stowplan.cli.files import STANDARD, refuse_missing_directory, refuse_picture, write_text
 from stowplan.cli.terminal import INFEASIBLE, fail, say, told_errors
 from stowplan.core.errors import InvalidArgument
 
@@ -30,8 +30,6 @@ EXAMPLES = """Examples:
 The CSV is what torch.distributed.pipelining loads as compute_only. Exit code 3: no schedule stays within the limit;
 the message names the least limit that has one.
 """
-
-_PICTURES = (".html", ".svg")
 
 
 class ScheduleKind(StrEnum):
@@ -104,9 +102,7 @@ def schedule_command(
 
 def _refuse_outputs(csv: str | None, picture: str | None, as_json: bool) -> None:
     refuse_missing_directory(csv, "--csv")
-    refuse_missing_directory(picture, "--picture")
-    if picture is not None and PurePath(picture).suffix.lower() not in _PICTURES:
-        raise InvalidArgument(f"--picture {picture!r}: allowed: a name that ends with {' or '.join(_PICTURES)}.")
+    refuse_picture(picture)
     if as_json and csv == STANDARD:
         raise InvalidArgument("--json and --csv - both want stdout; give --csv a file.")
 

@@ -7,6 +7,16 @@ namespace packing {
 
 using Order = vector<int>;  // buffers, the first to be placed first
 
+// Buffers in the order in which they begin.
+inline vector<int> by_first(const Instance& in) {
+  vector<int> order(in.n);
+  std::iota(order.begin(), order.end(), 0);
+  std::sort(order.begin(), order.end(), [&](int a, int b) {
+    return in.first[a] != in.first[b] ? in.first[a] < in.first[b] : a < b;
+  });
+  return order;
+}
+
 // Who is placed where. Buffers lie in the order in which they begin, in buckets under a tree that knows the last end of
 // the placed ones below each node: all placed neighbours of a buffer are found without a list of pairs.
 class Board {
@@ -14,11 +24,7 @@ class Board {
   vector<i64> offset;
 
   explicit Board(const Instance& in)
-      : offset(in.n, 0), in_(in), by_first_(in.n), position_(in.n), first_(in.n), last_(in.n, 0) {
-    std::iota(by_first_.begin(), by_first_.end(), 0);
-    std::sort(by_first_.begin(), by_first_.end(), [&](int a, int b) {
-      return in.first[a] != in.first[b] ? in.first[a] < in.first[b] : a < b;
-    });
+      : offset(in.n, 0), in_(in), by_first_(by_first(in)), position_(in.n), first_(in.n), last_(in.n, 0) {
     for (int p = 0; p < in.n; p++) {
       position_[by_first_[p]] = p;
       first_[p] = in.first[by_first_[p]];
@@ -113,11 +119,7 @@ inline bool first_fit(const Instance& in, const Order& order, Board& board, Watc
 // them.
 class Skyline {
  public:
-  explicit Skyline(const Instance& in) : in_(in), by_first_(in.n), position_(in.n), first_(in.n) {
-    std::iota(by_first_.begin(), by_first_.end(), 0);
-    std::sort(by_first_.begin(), by_first_.end(), [&](int a, int b) {
-      return in.first[a] != in.first[b] ? in.first[a] < in.first[b] : a < b;
-    });
+  explicit Skyline(const Instance& in) : in_(in), by_first_(by_first(in)), position_(in.n), first_(in.n) {
     for (int p = 0; p < in.n; p++) {
       position_[by_first_[p]] = p;
       first_[p] = in.first[by_first_[p]];
