@@ -14,6 +14,7 @@ import sys
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from stowplan.core.errors import UnsupportedModel
@@ -25,6 +26,7 @@ __all__ = [
     "is_sharded",
     "keeps_gradients",
     "local_part",
+    "num_processes",
     "refuse_fsdp1",
     "refuse_sharded_inside",
 ]
@@ -67,6 +69,11 @@ def local_part(tensor: Any) -> Any:
     if distributed is not None and isinstance(tensor, distributed.DTensor):
         return tensor._local_tensor
     return tensor
+
+
+def num_processes() -> int:
+    """Processes of this training job, 1 where ``torch.distributed`` is not used."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def refuse_fsdp1(model: torch.nn.Module) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from typing import Any
+from unittest.mock import patch
 
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import stowplan
 from stowplan.core.program import Action
+from stowplan.offload.capture.instruments import RealInstruments
 from tests import models
 from tests.compositions.loops import assert_moved, assert_same, plan_for, steps, text_batch
 from tests.distributed import Ranks
@@ -40,6 +43,16 @@ def planning(rank: int) -> None:
 
 def test_planning_says_that_tensor_parallel_blocks_keep_everything(ranks: Ranks) -> None:
     ranks.run(planning)
+
+
+def planning_on_a_slow_rank(rank: int) -> None:
+    slowness = 1 if rank == 0 else 10_000
+    with patch.object(RealInstruments, "seconds", lambda self: slowness * time.perf_counter()):
+        planning(rank)
+
+
+def test_planning_runs_collectives_as_often_on_a_slow_rank(ranks: Ranks) -> None:
+    ranks.run(planning_on_a_slow_rank)
 
 
 def training(rank: int) -> None:

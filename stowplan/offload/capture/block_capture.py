@@ -36,7 +36,7 @@ from stowplan.offload.capture.own_arguments import (
 from stowplan.offload.copies import PlainCopies
 from stowplan.offload.host_slab import HostSlab
 from stowplan.offload.intercept import Forward
-from stowplan.offload.parallel import class_name
+from stowplan.offload.parallel import class_name, num_processes
 from stowplan.offload.recording import Recording, record_call
 from stowplan.offload.storages import storage_bytes
 from stowplan.offload.tape.proof import RowTrials, Tolerance, prove
@@ -278,9 +278,13 @@ def median_seconds(
     instruments: Instruments,
     held_gradients: bool,
 ) -> tuple[float, float]:
-    """Seconds of a forward and of its backward, over several runs; a dry run is always the same."""
+    """Seconds of a forward and of its backward, over several runs; a dry run is always the same.
+
+    How many runs there are must not depend on this process's clock where others may wait in a block's collectives.
+    """
     times: list[tuple[float, float]] = []
-    while len(times) < _LEAST_TIMED_RUNS or (len(times) < _MOST_TIMED_RUNS and sum(map(sum, times)) < _ENOUGH_SECONDS):
+    most = _LEAST_TIMED_RUNS if num_processes() > 1 else _MOST_TIMED_RUNS
+    while len(times) < _LEAST_TIMED_RUNS or (len(times) < most and sum(map(sum, times)) < _ENOUGH_SECONDS):
         times.append(_measure_seconds(call, make_end, module, instruments, held_gradients))
         if instruments.dry:
             break
