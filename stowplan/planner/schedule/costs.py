@@ -67,7 +67,7 @@ class Costs:
         stages: the costs of each stage.
         communication_seconds: how long a tensor takes from one device to another, while both go on computing.
         receives_ahead: whether the buffers of all microbatches are there for the whole step, as torch's pipelining
-            has them. Otherwise a buffer is there from when its tensor is sent until it is used.
+            has them. Otherwise a buffer is there from one action before until its tensor is used (see ``messages``).
     """
 
     stages: tuple[StageCosts, ...]

@@ -13,9 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from stowplan.core.errors import InvalidArgument, InvalidSchedule
-from stowplan.core.schedule import Schedule
+from stowplan.core.schedule import Action, Kind, Schedule
 from stowplan.planner.schedule.coding import B, F, I, W, encode
 from stowplan.planner.schedule.costs import Costs
+from stowplan.planner.schedule.messages import channels
 
 __all__ = ["Memory", "Rows", "Timeline", "run_codes", "simulate"]
 
@@ -102,7 +103,7 @@ def simulate(schedule: Schedule, costs: Costs) -> Timeline:
     codes = [np.array(order, dtype=np.int64) for order in orders]
     ends = tuple(end_of[order] for order in codes)
     begins = tuple(map(rows.begins, codes, ends, repeat(end_of)))
-    memory = _memory(schedule, costs, codes, begins, end_of)
+    memory = _memory(schedule, costs, codes, begins, ends)
     return Timeline(schedule, costs, begins, ends, memory, max(float(end[-1]) for end in ends))
 
 
@@ -179,23 +180,20 @@ def run_codes(orders: list[list[int]], rows: Rows) -> list[float] | None:
 
 
 def _memory(
-    schedule: Schedule, costs: Costs, codes: list[Integers], begins: tuple[Floats, ...], end_of: Floats
+    schedule: Schedule, costs: Costs, codes: list[Integers], begins: tuple[Floats, ...], ends: tuple[Floats, ...]
 ) -> tuple[Memory, ...]:
     m = schedule.num_microbatches
-    begin_of = np.empty(len(end_of))
-    for order, begin in zip(codes, begins, strict=True):
-        begin_of[order] = begin
     during, after = _changes(costs)
-    on_the_way = _Transfers(schedule, costs, begin_of, end_of) if any(s.input_bytes for s in costs.stages) else None
+    buffers = _Buffers(schedule, costs, begins, ends) if any(stage.input_bytes for stage in costs.stages) else None
     made = []
     for device, order in enumerate(codes):
         static = sum(costs.stages[stage].static_bytes for stage in schedule.stages_of(device))
-        times = [np.zeros(1), begins[device], end_of[order]]
+        times = [np.zeros(1), begins[device], ends[device]]
         rows = order // m
         changes = [np.array([static]), during[rows], after[rows] - during[rows]]
-        for first, last, size in on_the_way.of(device) if on_the_way else ():
+        for first, last, sizes in buffers.of(device) if buffers else ():
             times += [first, last]
-            changes += [np.full(m, size), np.full(m, -size)]
+            changes += [sizes, -sizes]
         made.append(_levels(np.concatenate(times), np.concatenate(changes)))
     return tuple(made)
 
@@ -221,28 +219,49 @@ def _changes(costs: Costs) -> tuple[Integers, Integers]:
     return np.array(during, dtype=np.int64), np.array(after, dtype=np.int64)
 
 
-class _Transfers:
-    """Buffers of tensors between stages: activations until the next stage begins, gradients until it has used them."""
+class _Buffers:
+    """Buffers of tensors between stages: on their receiver, and on their sender until they have been received."""
 
-    def __init__(self, schedule: Schedule, costs: Costs, begin_of: Floats, end_of: Floats) -> None:
-        self.schedule, self.costs = schedule, costs
-        shape = (4, schedule.num_stages, schedule.num_microbatches)
-        self.begins, self.ends = begin_of.reshape(shape), end_of.reshape(shape)
+    def __init__(self, schedule: Schedule, costs: Costs, begins: tuple[Floats, ...], ends: tuple[Floats, ...]) -> None:
+        self.schedule, self.costs, self.begins, self.ends = schedule, costs, begins, ends
+        self.channels = channels(schedule)
+        self.sizes = np.array([stage.input_bytes for stage in costs.stages], dtype=np.int64)
+        self.last = max(float(end[-1]) for end in ends)
 
-    def of(self, device: int) -> Iterator[tuple[Floats, Floats, int]]:
-        """(from when, until when, float64 [microbatch], bytes) of each kind of tensor that ``device`` holds."""
+    def of(self, device: int) -> Iterator[tuple[Floats, Floats, Integers]]:
+        """(from when, until when, bytes) of all tensors that ``device`` sends, receives, or hands to itself."""
+        for channel in self.channels:
+            if device not in (channel.source, channel.target):
+                continue
+            sizes = self.sizes[channel.stages + channel.gradients]
+            sent = self.ends[channel.source][channel.sent]
+            posted = np.concatenate([[0.0], self.ends[channel.target]])[channel.posted]
+            if device == channel.source:
+                yield sent, np.maximum(sent, posted) + self.costs.communication_seconds, sizes
+            elif self.costs.receives_ahead:
+                yield np.zeros_like(posted), np.full_like(posted, self.last), sizes
+            else:
+                yield posted, self.begins[device][channel.used], sizes
+        places = self._own(device)
+        if places is not None:
+            made, used, stages = places
+            yield self.ends[device][made], self.begins[device][used], self.sizes[stages]
+
+    def _own(self, device: int) -> tuple[Integers, Integers, Integers] | None:
+        """(position that makes it, position that uses it, stage whose input or its gradient it is)."""
         devices = self.schedule.stage_devices
-        for stage in range(1, len(devices)):
-            size = self.costs.stages[stage].input_bytes
-            forward = self.ends[F, stage - 1], self.begins[F, stage]
-            backward = self.ends[I, stage], self.ends[I, stage - 1]
-            for (sent, used), sender, receiver in (
-                (forward, devices[stage - 1], devices[stage]),
-                (backward, devices[stage], devices[stage - 1]),
-            ):
-                if receiver == device:
-                    ahead = self.costs.receives_ahead and sender != receiver
-                    whole_step = np.zeros_like(sent), np.full_like(sent, self.ends.max())
-                    yield (*(whole_step if ahead else (sent, used)), size)
-                elif sender == device:
-                    yield sent, sent + self.costs.communication_seconds, size
+        turns = {stage for stage in range(1, len(devices)) if devices[stage - 1] == devices[stage] == device}
+        if not turns:
+            return None
+        place = {action: number for number, action in enumerate(self.schedule.orders[device])}
+        found = []
+        for (stage, kind, microbatch), number in place.items():
+            if kind is Kind.FORWARD and stage in turns:
+                found.append((place[Action(stage - 1, kind, microbatch)], number, stage))
+            elif kind in (Kind.INPUT_GRADIENT, Kind.BACKWARD) and stage + 1 in turns:
+                above = Action(stage + 1, Kind.INPUT_GRADIENT, microbatch)
+                if above not in place:
+                    above = Action(stage + 1, Kind.BACKWARD, microbatch)
+                found.append((place[above], number, stage + 1))
+        made, used, stages = np.array(found, dtype=np.int64).T
+        return made, used, stages

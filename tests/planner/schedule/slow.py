@@ -80,20 +80,34 @@ def _buffers(
         split = Action(stage, I, microbatch)
         return split if split in end else Action(stage, B, microbatch)
 
-    spans = []
-    last = max(end.values())
+    tensors = []  # who makes it, who uses it, its bytes
     for stage in range(1, schedule.num_stages):
         size = costs.stages[stage].input_bytes
-        low, high = schedule.stage_devices[stage - 1], schedule.stage_devices[stage]
         for microbatch in range(schedule.num_microbatches):
-            sent = end[Action(stage - 1, F, microbatch)]
-            gradient = end[backward(stage, microbatch)]
-            for sender, receiver, start, used in (
-                (low, high, sent, begin[Action(stage, F, microbatch)]),
-                (high, low, gradient, end[backward(stage - 1, microbatch)]),
-            ):
-                if receiver == device:
-                    spans.append((0.0, last, size) if costs.receives_ahead and low != high else (start, used, size))
-                elif sender == device:
-                    spans.append((start, start + costs.communication_seconds, size))
+            tensors.append((Action(stage - 1, F, microbatch), Action(stage, F, microbatch), size))
+            tensors.append((backward(stage, microbatch), backward(stage - 1, microbatch), size))
+    spans = []
+    last = max(end.values())
+    for maker, user, size in tensors:
+        sender, receiver = schedule.stage_devices[maker.stage], schedule.stage_devices[user.stage]
+        if sender == receiver == device:
+            spans.append((end[maker], begin[user], size))
+        if sender == receiver or device not in (sender, receiver):
+            continue
+        order = schedule.orders[receiver]
+        behind = [  # on the same channel, not before this one
+            order.index(other_user)
+            for other_maker, other_user, _ in tensors
+            if (schedule.stage_devices[other_maker.stage], schedule.stage_devices[other_user.stage])
+            == (sender, receiver)
+            and end[other_maker] >= end[maker]
+        ]
+        before = min(behind) - 2  # the action after whose end there is room
+        posted = end[order[before]] if before >= 0 else 0.0
+        if device == sender:
+            spans.append((end[maker], max(end[maker], posted) + costs.communication_seconds, size))
+        elif costs.receives_ahead:
+            spans.append((0.0, last, size))
+        else:
+            spans.append((posted, begin[user], size))
     return spans
