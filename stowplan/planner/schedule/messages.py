@@ -51,8 +51,8 @@ def channels(schedule: Schedule) -> list[Channel]:
     m, num_stages = schedule.num_microbatches, schedule.num_stages
     place = np.zeros((4, num_stages, m), dtype=np.int64)
     flat = place.reshape(-1)
-    for order in encode(schedule):
-        flat[np.array(order, dtype=np.int64)] = np.arange(len(order))
+    for codes in encode(schedule):
+        flat[np.array(codes, dtype=np.int64)] = np.arange(len(codes))
     backward = np.maximum(place[I], place[B])  # one of them is there, the other one 0
     every = np.arange(m)
     parts: dict[tuple[int, int], list[tuple[Integers, ...]]] = {}
@@ -64,12 +64,25 @@ def channels(schedule: Schedule) -> list[Channel]:
         back = (np.full(m, stage - 1), np.ones_like(every), every, backward[stage], backward[stage - 1])
         parts.setdefault((low, high), []).append(forth)
         parts.setdefault((high, low), []).append(back)
-    made = []
-    for (source, target), part in sorted(parts.items()):
-        stages, gradients, microbatches, sent, used = (np.concatenate(column) for column in zip(*part, strict=True))
-        order = np.argsort(sent, kind="stable")
-        first_needed = np.minimum.accumulate(used[order][::-1])[::-1]
-        posted = np.maximum(first_needed - _AHEAD, 0)
-        columns = (column[order] for column in (stages, gradients, microbatches, sent, used))
-        made.append(Channel(source, target, *columns, posted))
-    return made
+    return [
+        _channel(source, target, *map(np.concatenate, zip(*part, strict=True)))
+        for (source, target), part in sorted(parts.items())
+    ]
+
+
+def _channel(
+    source: int,
+    target: int,
+    stages: Integers,
+    gradients: Integers,
+    microbatches: Integers,
+    sent: Integers,
+    used: Integers,
+) -> Channel:
+    """Tensors in the order in which they are sent."""
+    order = np.argsort(sent, kind="stable")
+    first_needed = np.minimum.accumulate(used[order][::-1])[::-1]
+    posted = np.maximum(first_needed - _AHEAD, 0)
+    return Channel(
+        source, target, stages[order], gradients[order], microbatches[order], sent[order], used[order], posted
+    )

@@ -1,0 +1,65 @@
+"""What travels between stages: found out by one forward pass of one microbatch, before the first step of a shape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from stowplan.core.errors import UnsupportedModel
+from stowplan.runtime.pipeline.transfers import Form, Link
+
+__all__ = ["learn_forms", "undisturbed"]
+
+
+def learn_forms(
+    stages: Mapping[int, torch.nn.Module], stage_devices: tuple[int, ...], inputs: Any, link: Link
+) -> list[Form | None]:
+    """The forms of all stages' inputs, None for the first. All devices of the pipeline ask at once.
+
+    ``inputs`` are those of one microbatch. Nothing changes: no gradients, no generator, no buffers.
+
+    Raises UnsupportedModel if a stage gives something else than one floating-point tensor.
+    """
+    forms: list[Form | None] = [None]
+    for stage in range(len(stage_devices) - 1):
+        holder = stage_devices[stage]
+        told: list[Form | str | None] = [None]
+        if holder == link.rank:
+            form = forms[stage]
+            hidden = None if form is None else torch.zeros(form.size, dtype=form.dtype, device=link.device)
+            with undisturbed(stages[stage], link.device), torch.no_grad():
+                output = stages[stage](hidden, inputs)
+            told = [_form_of(output, stage)]
+            del output
+        dist.broadcast_object_list(told, group=link.group, group_src=holder, device=link.device)
+        if not isinstance(told[0], Form):
+            raise UnsupportedModel(str(told[0]))
+        forms.append(told[0])
+    return forms
+
+
+def _form_of(output: Any, stage: int) -> Form | str:
+    if isinstance(output, torch.Tensor) and output.is_floating_point():
+        return Form.of(output)
+    kind = f"a tensor of {output.dtype}" if isinstance(output, torch.Tensor) else f"a {type(output).__name__}"
+    return (
+        f"stage {stage} gives {kind}, but only one floating-point tensor can go to the next stage: cut the model where "
+        f"one is all that goes on (no skip connections across stages)."
+    )
+
+
+@contextmanager
+def undisturbed(module: torch.nn.Module, device: torch.device) -> Iterator[None]:
+    """Random generators and the module's buffers are afterwards as before."""
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(cuda):
+        yield
+    with torch.no_grad():
+        for name, buffer in module.named_buffers():
+            if name in buffers and not torch.equal(buffer, buffers[name]):
+                buffer.copy_(buffers[name])

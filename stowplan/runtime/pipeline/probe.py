@@ -1,0 +1,183 @@
+"""What a stage costs, measured: one microbatch forth and back, through the very code that a step runs.
+
+Bytes are those of live tensors and kernels' scratch, as ``stowplan.measure`` counts them.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from stowplan.offload.memory_log import memory_log, synchronize
+from stowplan.offload.storages import storage_bytes
+from stowplan.planner.schedule import Costs, StageCosts
+from stowplan.runtime.pipeline.executor import Passage, Weights
+from stowplan.runtime.pipeline.forms import undisturbed
+from stowplan.runtime.pipeline.transfers import Form, Link
+
+__all__ = ["Subject", "communication_seconds", "gathered", "in_turns", "probe"]
+
+_NUM_TIMED = 5  # the same on all processes: stages may hold collectives
+_LEAST_SECONDS = 1e-9
+
+
+class Subject:
+    """A stage to be probed: what goes in, and what comes out."""
+
+    def __init__(
+        self,
+        stage: torch.nn.Module,
+        collect: Callable[[], Weights],
+        inputs: Any,
+        form: Form | None,
+        output_form: Form | None,
+        device: torch.device,
+    ) -> None:
+        self.stage, self.inputs, self.form, self.output_form, self.device = stage, inputs, form, output_form, device
+        self._collect = collect
+
+    def hidden(self) -> torch.Tensor | None:
+        return None if self.form is None else _random(self.form, self.device)
+
+    def gradient(self, output: torch.Tensor) -> torch.Tensor:
+        return torch.ones_like(output) if self.output_form is None else _random(self.output_form, self.device)
+
+    def passage(self) -> Passage:
+        return Passage(self.stage, self._collect)
+
+
+def probe(subject: Subject) -> StageCosts:
+    """Seconds and bytes of F, I and W of one stage; parameters, gradients and generators are afterwards as before."""
+    with undisturbed(subject.stage, subject.device), _own_gradients(subject.stage.parameters()):
+        _run(subject)  # gradients are there from now on, and whatever is made once
+        bytes_of = _measure_bytes(subject)
+        columns = zip(*(_run(subject) for _ in range(_NUM_TIMED)), strict=True)
+        forward, backward, weights = (max(statistics.median(column), _LEAST_SECONDS) for column in columns)
+        static = [*subject.stage.parameters(), *subject.stage.buffers(), *(p.grad for p in subject.stage.parameters())]
+        return replace(
+            bytes_of,
+            forward_seconds=forward,
+            input_gradient_seconds=backward,
+            weight_gradient_seconds=weights,
+            static_bytes=storage_bytes(static),
+        )
+
+
+def _run(subject: Subject) -> tuple[float, float, float]:
+    """Seconds of F, I and W."""
+    passage = subject.passage()
+    hidden = subject.hidden()
+    start = _now(subject.device)
+    output = passage.forward(hidden, subject.inputs)
+    forward = _now(subject.device)
+    del hidden
+    gradient = subject.gradient(output)
+    del output
+    middle = _now(subject.device)
+    passage.backward(gradient)
+    backward = _now(subject.device)
+    passage.weights()
+    return forward - start, backward - middle, _now(subject.device) - backward
+
+
+def _measure_bytes(subject: Subject) -> StageCosts:
+    with memory_log(subject.device) as log:
+        log.mark("input")
+        hidden = subject.hidden()
+        passage = subject.passage()
+        log.mark("forward")
+        output = passage.forward(hidden, subject.inputs)
+        del hidden
+        log.mark("forwarded")
+        template = output if subject.output_form is None else torch.empty_like(output, device="meta")
+        del output
+        log.mark("gradient")
+        gradient = subject.gradient(template)
+        del template
+        log.mark("backward")
+        before = passage.backward(gradient)
+        del gradient
+        log.mark("backwarded")
+        del before
+        log.mark("weights")
+        passage.weights()
+        log.mark("end")
+    segments = {segment.name: segment for segment in log.segments}
+    held = max(0, segments["forwarded"].end_bytes)
+    pending = max(0, segments["backwarded"].end_bytes)
+    return StageCosts(
+        forward_bytes=held,
+        input_gradient_bytes=pending - held,
+        transient_bytes=(
+            max(0, segments["forward"].peak_bytes - held),
+            max(0, segments["backward"].peak_bytes - max(held, pending)),
+            max(0, segments["weights"].peak_bytes - pending),
+        ),
+        input_bytes=0 if subject.form is None else _random(subject.form, torch.device("meta")).nbytes,
+    )
+
+
+def _random(form: Form, device: torch.device) -> torch.Tensor:
+    return torch.empty(form.size, dtype=form.dtype, device=device).normal_()
+
+
+def _now(device: torch.device) -> float:
+    synchronize(device)
+    return time.perf_counter()
+
+
+@contextmanager
+def _own_gradients(parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
+    """The parameters' gradients are set aside meanwhile."""
+    held = [(parameter, parameter.grad) for parameter in parameters]
+    for parameter, _ in held:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in held:
+            parameter.grad = gradient
+
+
+def in_turns(link: Link, work: Callable[[], Any]) -> Any:
+    """``work`` on one process after the other where they share the machine's cores, else on all at once."""
+    if link.device.type != "cpu":
+        return work()
+    made = None
+    for turn in range(link.size):
+        if turn == link.rank:
+            made = work()
+        dist.barrier(link.group)
+    return made
+
+
+def gathered(link: Link, costs: dict[int, StageCosts], num_stages: int) -> list[StageCosts]:
+    """The costs of all stages, from those that each device has measured."""
+    parts: list[dict[int, StageCosts] | None] = [None] * link.size
+    dist.all_gather_object(parts, costs, group=link.group)
+    every = {stage: cost for part in parts if part is not None for stage, cost in part.items()}
+    return [every[stage] for stage in range(num_stages)]
+
+
+def communication_seconds(link: Link, forms: list[Form | None]) -> float:
+    """Seconds of the largest tensor between stages from the first device to the second, and of its way back, halved."""
+    largest = max((form for form in forms if form is not None), key=lambda form: _random(form, torch.device("meta")).nbytes)
+    times = []
+    if link.size > 1 and link.rank < 2:
+        tensor = largest.empty(link.device).zero_()
+        for _ in range(_NUM_TIMED):
+            start = _now(link.device)
+            first, second = (link.send, link.receive) if link.rank == 0 else (link.receive, link.send)
+            first(tensor, 1 - link.rank).wait()
+            second(tensor, 1 - link.rank).wait()
+            times.append((_now(link.device) - start) / 2)
+    told = [statistics.median(times) if times else 0.0]
+    dist.broadcast_object_list(told, group=link.group, group_src=0, device=link.device)
+    return told[0]
