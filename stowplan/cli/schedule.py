@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from functools import partial
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Annotated
 
@@ -90,7 +89,17 @@ def schedule_command(
             name = f"best found ({found.origin})"
         else:
             timeline, bound, named, name = _named(kind.value, costs, devices, microbatches), None, {}, kind.value
-        report = _report(name, timeline, activations is not None, limit_microbatches, limit_bytes, bound, named)
+        from stowplan.runtime.pipeline.reporting import report_of
+
+        report = report_of(
+            name,
+            timeline,
+            in_bytes=activations is not None,
+            limit_microbatches=limit_microbatches,
+            limit_bytes=limit_bytes,
+            bound_seconds=bound,
+            named_seconds=named,
+        )
         if kind is not ScheduleKind.AUTO:
             _warn_of_1f1b(kind, timeline, costs, devices, microbatches)
         _write(report, timeline, csv, picture)
@@ -168,56 +177,6 @@ def _warn_of_1f1b(kind: ScheduleKind, timeline: Timeline, costs: Costs, devices:
     if timeline.step_seconds > plain.step_seconds:
         slower = timeline.step_seconds / plain.step_seconds - 1
         say(f"{kind.value} takes {slower:.1%} longer than 1f1b at these times; --kind auto finds what does not")
-
-
-def _report(
-    name: str,
-    timeline: Timeline,
-    in_bytes: bool,
-    limit_microbatches: int | None,
-    limit_bytes: int | None,
-    bound_seconds: float | None,
-    named_seconds: dict[str, float],
-) -> PipelineReport:
-    import numpy as np
-
-    from stowplan.reports.pipeline import Lane, PipelineReport
-
-    schedule = timeline.schedule
-    lanes = []
-    for device, order in enumerate(schedule.orders):
-        stages = schedule.stages_of(device)
-        lanes.append(
-            Lane(
-                begins=timeline.begins[device],
-                ends=timeline.ends[device],
-                kinds="".join(action.kind for action in order),
-                chunks=np.array([stages.index(action.stage) for action in order], dtype=np.int64),
-                times=timeline.memory[device].times,
-                levels=timeline.memory[device].levels,
-            )
-        )
-    limit = limit_bytes
-    if limit_microbatches is not None:
-        limit = max(map(partial(_bytes_of, timeline, limit_microbatches), range(schedule.num_devices)))
-    return PipelineReport(
-        name=name,
-        num_microbatches=schedule.num_microbatches,
-        lanes=lanes,
-        step_time=timeline.step_seconds,
-        work_time=max(timeline.work_seconds),
-        in_bytes=in_bytes,
-        per_microbatch=sum(timeline.costs.stages[stage].forward_bytes for stage in schedule.stages_of(0)),
-        limit=limit,
-        bound_time=bound_seconds,
-        named=named_seconds,
-    )
-
-
-def _bytes_of(timeline: Timeline, num_microbatches: int, device: int) -> int:
-    """What a device holds with so many microbatches: bytes, or activations where each counts as one."""
-    stages = [timeline.costs.stages[stage] for stage in timeline.schedule.stages_of(device)]
-    return sum(stage.static_bytes + num_microbatches * stage.forward_bytes for stage in stages)
 
 
 def _write(report: PipelineReport, timeline: Timeline, csv: str | None, picture: str | None) -> None:

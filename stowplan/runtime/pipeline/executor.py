@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
+from stowplan.core.errors import UnsupportedModel
 from stowplan.core.schedule import Action, Kind, Schedule
 from stowplan.runtime.pipeline.transfers import Form, Key, Transfers
 
@@ -42,8 +43,8 @@ class Passage:
         """The stage's output, which nothing here holds."""
         if hidden is not None:
             anchor = torch.zeros((), device=hidden.device, requires_grad=True)
-            hidden = _Enter.apply(hidden, anchor, self._input_gradient)
-        output = self.stage(hidden, inputs)
+            hidden = _Enter.apply(hidden, anchor, self._input_gradient)  # type: ignore[no-untyped-call]
+        output: torch.Tensor = self.stage(hidden, inputs)
         if output.requires_grad:  # not in a first stage in which nothing is trained
             self._end = torch.autograd.graph.get_gradient_edge(output)
         return output.detach()
@@ -77,14 +78,11 @@ class _Enter(torch.autograd.Function):
         return None, None, None
 
 
-def _unwatched(action: Action) -> AbstractContextManager[object]:
-    return nullcontext()
-
-
 class Executor:
     """Runs one device's part of ``schedule``, which ``check`` has passed.
 
     ``stages`` are those of this device by their number; ``collects`` give what a stage's backward pass has put off.
+    ``watch`` is entered for each action while it computes, without what it waits for.
     """
 
     def __init__(
@@ -94,13 +92,12 @@ class Executor:
         stages: Mapping[int, torch.nn.Module],
         collects: Mapping[int, Callable[[], Weights]],
     ) -> None:
-        self._order = schedule.orders[transfers.link.rank]
-        self._last = schedule.num_stages - 1
-        self._num_microbatches = schedule.num_microbatches
-        self._transfers = transfers
-        self._stages = stages
-        self._collects = collects
-        self.watch: Watch = _unwatched
+        self.order = schedule.orders[transfers.link.rank]
+        self.last = schedule.num_stages - 1
+        self.transfers = transfers
+        self.stages = stages
+        self.collects = collects
+        self.watch: Watch = lambda action: nullcontext()
 
     def step(
         self,
@@ -117,49 +114,80 @@ class Executor:
             loss_gradient: scalar, the gradient of each microbatch's loss.
             on_stage_done: called with a stage when its parameters' gradients are complete.
         """
-        passages: dict[tuple[int, int], Passage] = {}
-        losses: dict[int, torch.Tensor] = {}
-        left = dict.fromkeys(self._stages, len(inputs))
-        self._transfers.begin(forms)
-        for position, action in enumerate(self._order):
-            stage, kind, microbatch = action
-            last = stage == self._last
+        step = _Step(self, inputs, loss_gradient, on_stage_done)
+        self.transfers.begin(forms)
+        for position, action in enumerate(self.order):
             try:
-                self._transfers.post(position)
-                if kind is Kind.FORWARD:
-                    hidden = self._transfers.take(Key(stage, False, microbatch)) if stage else None
-                    passage = passages[stage, microbatch] = Passage(self._stages[stage], self._collects[stage])
-                    with self.watch(action):
-                        output = passage.forward(hidden, inputs[microbatch])
-                    del hidden
-                    if last:
-                        losses[microbatch] = output
-                    else:
-                        self._transfers.give(output, Key(stage + 1, False, microbatch))
-                    del output
-                elif kind is Kind.WEIGHT_GRADIENT:
-                    with self.watch(action):
-                        passages.pop((stage, microbatch)).weights()
-                else:
-                    if last:
-                        gradient = loss_gradient.to(losses[microbatch].dtype)
-                    else:
-                        gradient = self._transfers.take(Key(stage, True, microbatch))
-                    passage = passages[stage, microbatch]
-                    with self.watch(action):
-                        before = passage.backward(gradient)
-                        del gradient
-                        if kind is Kind.BACKWARD:
-                            passages.pop((stage, microbatch)).weights()
-                    if before is not None:
-                        self._transfers.give(before, Key(stage - 1, True, microbatch))
-                    del before
-                if kind in (Kind.WEIGHT_GRADIENT, Kind.BACKWARD):
-                    left[stage] -= 1
-                    if not left[stage]:
-                        on_stage_done(stage)
+                self.transfers.post(position)
+                step.run(action)
             except Exception as error:
-                error.add_note(f"in action {action} of pipeline device {self._transfers.link.rank}")
+                error.add_note(f"in action {action} of pipeline device {self.transfers.link.rank}")
                 raise
-        self._transfers.finish()
-        return [losses[microbatch] for microbatch in sorted(losses)]
+        self.transfers.finish()
+        return [step.losses[microbatch] for microbatch in sorted(step.losses)]
+
+
+class _Step:
+    """What is under way in a step."""
+
+    def __init__(
+        self,
+        executor: Executor,
+        inputs: Sequence[Any],
+        loss_gradient: torch.Tensor,
+        on_stage_done: Callable[[int], object],
+    ) -> None:
+        self.losses: dict[int, torch.Tensor] = {}
+        self._executor = executor
+        self._transfers = executor.transfers
+        self._inputs = inputs
+        self._loss_gradient = loss_gradient
+        self._on_stage_done = on_stage_done
+        self._passages: dict[tuple[int, int], Passage] = {}
+        self._left = dict.fromkeys(executor.stages, len(inputs))
+
+    def run(self, action: Action) -> None:
+        if action.kind is Kind.FORWARD:
+            self._forward(action)
+        elif action.kind is not Kind.WEIGHT_GRADIENT:
+            self._backward(action)
+        if action.kind in (Kind.WEIGHT_GRADIENT, Kind.BACKWARD):
+            self._weights(action)
+
+    def _forward(self, action: Action) -> None:
+        stage, _, microbatch = action
+        hidden = self._transfers.take(Key(stage, False, microbatch)) if stage else None
+        passage = Passage(self._executor.stages[stage], self._executor.collects[stage])
+        self._passages[stage, microbatch] = passage
+        with self._executor.watch(action):
+            output = passage.forward(hidden, self._inputs[microbatch])
+            del hidden
+        if stage == self._executor.last:
+            self.losses[microbatch] = output
+        else:
+            self._transfers.give(output, Key(stage + 1, False, microbatch))
+
+    def _backward(self, action: Action) -> None:
+        stage, _, microbatch = action
+        if stage == self._executor.last:
+            gradient = self._loss_gradient.to(self.losses[microbatch].dtype)
+        else:
+            gradient = self._transfers.take(Key(stage, True, microbatch))
+        with self._executor.watch(action):
+            before = self._passages[stage, microbatch].backward(gradient)
+            del gradient
+        if stage:
+            if before is None:
+                raise UnsupportedModel(
+                    f"what stage {stage} gives does not depend on what it is given, so that no gradient goes back: "
+                    f"the model cannot be cut there."
+                )
+            self._transfers.give(before, Key(stage - 1, True, microbatch))
+
+    def _weights(self, action: Action) -> None:
+        stage, _, microbatch = action
+        with self._executor.watch(action):
+            self._passages.pop((stage, microbatch)).weights()
+        self._left[stage] -= 1
+        if not self._left[stage]:
+            self._on_stage_done(stage)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from stowplan.offload.memory_log import memory_log, synchronize
 from stowplan.offload.storages import storage_bytes
-from stowplan.planner.schedule import Costs, StageCosts
+from stowplan.planner.schedule import StageCosts
 from stowplan.runtime.pipeline.executor import Passage, Weights
 from stowplan.runtime.pipeline.forms import undisturbed
 from stowplan.runtime.pipeline.transfers import Form, Link
@@ -168,7 +168,9 @@ def gathered(link: Link, costs: dict[int, StageCosts], num_stages: int) -> list[
 
 def communication_seconds(link: Link, forms: list[Form | None]) -> float:
     """Seconds of the largest tensor between stages from the first device to the second, and of its way back, halved."""
-    largest = max((form for form in forms if form is not None), key=lambda form: _random(form, torch.device("meta")).nbytes)
+    largest = max(
+        (form for form in forms if form is not None), key=lambda form: _random(form, torch.device("meta")).nbytes
+    )
     times = []
     if link.size > 1 and link.rank < 2:
         tensor = largest.empty(link.device).zero_()

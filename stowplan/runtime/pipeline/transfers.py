@@ -59,8 +59,8 @@ class Link:
         self.ranks = dist.get_process_group_ranks(self.group)
         self.rank = self.ranks.index(dist.get_rank())
         self.device = device
-        self._down = dist.new_group(self.ranks, use_local_synchronization=True)
-        self._up = dist.new_group(self.ranks, use_local_synchronization=True)
+        self._down: dist.ProcessGroup = dist.new_group(self.ranks, use_local_synchronization=True)
+        self._up: dist.ProcessGroup = dist.new_group(self.ranks, use_local_synchronization=True)
 
     @property
     def size(self) -> int:
