@@ -47,7 +47,8 @@ class PipelineReport:
 
     Levels are bytes where ``in_bytes``, else activations of which a microbatch leaves ``per_microbatch`` on a device.
     ``limit`` is in the same unit. ``bound_time``: no schedule is known to take, or can take, less; None where nobody
-    asked. ``named``: step time of the named schedules within the limit.
+    asked. ``named``: step time of the named schedules within the limit. ``predicted_peaks``: what was thought of each
+    device before this was measured.
     """
 
     name: str
@@ -60,6 +61,7 @@ class PipelineReport:
     limit: int | None = None
     bound_time: float | None = None
     named: dict[str, float] = field(default_factory=dict)
+    predicted_peaks: Sequence[int] | None = None
 
     @property
     def bubble(self) -> float:
@@ -103,6 +105,11 @@ class PipelineReport:
             )
         for name, time in self.named.items():
             told.append((name, f"{_number(time)} ({time / self.step_time:.3f} of this step)"))
+        for device, (lane, predicted) in enumerate(zip(self.lanes, self.predicted_peaks or (), strict=False)):
+            difference = f"{lane.peak / predicted - 1:+.2%}"
+            told.append(
+                (f"device {device}", f"{self.amount(lane.peak)}, predicted {self.amount(predicted)}: {difference}")
+            )
         return tuple(told)
 
     def as_dict(self) -> dict[str, object]:
@@ -120,6 +127,7 @@ class PipelineReport:
             "limit": self.limit,
             "bound_time": self.bound_time,
             "named": self.named,
+            "predicted_peaks": self.predicted_peaks,
         }
 
     def render(self) -> str:

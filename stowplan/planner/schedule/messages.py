@@ -47,7 +47,7 @@ class Channel:
 
 
 def channels(schedule: Schedule) -> list[Channel]:
-    """The channels of ``schedule``, which ``check`` has passed, by their source and target."""
+    """The channels of ``schedule``, which ``check`` has passed or has forward passes alone, by source and target."""
     m, num_stages = schedule.num_microbatches, schedule.num_stages
     place = np.zeros((4, num_stages, m), dtype=np.int64)
     flat = place.reshape(-1)
@@ -63,7 +63,8 @@ def channels(schedule: Schedule) -> list[Channel]:
         forth = (np.full(m, stage), np.zeros_like(every), every, place[F, stage - 1], place[F, stage])
         back = (np.full(m, stage - 1), np.ones_like(every), every, backward[stage], backward[stage - 1])
         parts.setdefault((low, high), []).append(forth)
-        parts.setdefault((high, low), []).append(back)
+        if backward.any():
+            parts.setdefault((high, low), []).append(back)
     return [
         _channel(source, target, *map(np.concatenate, zip(*part, strict=True)))
         for (source, target), part in sorted(parts.items())

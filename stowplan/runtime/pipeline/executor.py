@@ -13,11 +13,11 @@ from typing import Any, Protocol
 
 import torch
 
-from stowplan.core.errors import UnsupportedModel
+from stowplan.core.errors import InvalidArgument, UnsupportedModel
 from stowplan.core.schedule import Action, Kind, Schedule
 from stowplan.runtime.pipeline.transfers import Form, Key, Transfers
 
-__all__ = ["Executor", "Passage", "Watch", "Weights"]
+__all__ = ["Executor", "InFlight", "Watch", "Weights", "unwatched"]
 
 Watch = Callable[[Action], AbstractContextManager[object]]
 
@@ -29,7 +29,7 @@ class Weights(Protocol):
         """Compute them, and add them to the parameters' gradients."""
 
 
-class Passage:
+class InFlight:
     """One microbatch in one stage, from its forward pass to its weight gradients."""
 
     def __init__(self, stage: torch.nn.Module, collect: Callable[[], Weights]) -> None:
@@ -45,6 +45,10 @@ class Passage:
             anchor = torch.zeros((), device=hidden.device, requires_grad=True)
             hidden = _Enter.apply(hidden, anchor, self._input_gradient)  # type: ignore[no-untyped-call]
         output: torch.Tensor = self.stage(hidden, inputs)
+        if not isinstance(output, torch.Tensor):
+            raise InvalidArgument(
+                f"the last stage gives {type(output).__name__}, no loss: batches need labels, or a target for loss_fn."
+            )
         if output.requires_grad:  # not in a first stage in which nothing is trained
             self._end = torch.autograd.graph.get_gradient_edge(output)
         return output.detach()
@@ -78,6 +82,11 @@ class _Enter(torch.autograd.Function):
         return None, None, None
 
 
+def unwatched(action: Action) -> AbstractContextManager[object]:
+    """What is entered for each action where nobody looks."""
+    return nullcontext()
+
+
 class Executor:
     """Runs one device's part of ``schedule``, which ``check`` has passed.
 
@@ -97,14 +106,14 @@ class Executor:
         self.transfers = transfers
         self.stages = stages
         self.collects = collects
-        self.watch: Watch = lambda action: nullcontext()
+        self.watch: Watch = unwatched
 
     def step(
         self,
         forms: Sequence[Form | None],
         inputs: Sequence[Any],
         loss_gradient: torch.Tensor,
-        on_stage_done: Callable[[int], object] = lambda stage: None,
+        on_weights: Callable[[int, bool], object] = lambda stage, complete: None,
     ) -> list[torch.Tensor]:
         """All actions of a step. Gives the losses of the microbatches on the device of the last stage, else nothing.
 
@@ -112,9 +121,10 @@ class Executor:
             forms: of the inputs of each stage.
             inputs: what each microbatch brings along, for all stages.
             loss_gradient: scalar, the gradient of each microbatch's loss.
-            on_stage_done: called with a stage when its parameters' gradients are complete.
+            on_weights: called with a stage when a microbatch's gradients have been added to those of its parameters,
+                and whether that was the last one.
         """
-        step = _Step(self, inputs, loss_gradient, on_stage_done)
+        step = _Step(self, inputs, loss_gradient, on_weights)
         self.transfers.begin(forms)
         for position, action in enumerate(self.order):
             try:
@@ -135,15 +145,15 @@ class _Step:
         executor: Executor,
         inputs: Sequence[Any],
         loss_gradient: torch.Tensor,
-        on_stage_done: Callable[[int], object],
+        on_weights: Callable[[int, bool], object],
     ) -> None:
         self.losses: dict[int, torch.Tensor] = {}
         self._executor = executor
         self._transfers = executor.transfers
         self._inputs = inputs
         self._loss_gradient = loss_gradient
-        self._on_stage_done = on_stage_done
-        self._passages: dict[tuple[int, int], Passage] = {}
+        self._on_weights = on_weights
+        self._in_flight: dict[tuple[int, int], InFlight] = {}
         self._left = dict.fromkeys(executor.stages, len(inputs))
 
     def run(self, action: Action) -> None:
@@ -157,10 +167,10 @@ class _Step:
     def _forward(self, action: Action) -> None:
         stage, _, microbatch = action
         hidden = self._transfers.take(Key(stage, False, microbatch)) if stage else None
-        passage = Passage(self._executor.stages[stage], self._executor.collects[stage])
-        self._passages[stage, microbatch] = passage
+        in_flight = InFlight(self._executor.stages[stage], self._executor.collects[stage])
+        self._in_flight[stage, microbatch] = in_flight
         with self._executor.watch(action):
-            output = passage.forward(hidden, self._inputs[microbatch])
+            output = in_flight.forward(hidden, self._inputs[microbatch])
             del hidden
         if stage == self._executor.last:
             self.losses[microbatch] = output
@@ -174,7 +184,7 @@ class _Step:
         else:
             gradient = self._transfers.take(Key(stage, True, microbatch))
         with self._executor.watch(action):
-            before = self._passages[stage, microbatch].backward(gradient)
+            before = self._in_flight[stage, microbatch].backward(gradient)
             del gradient
         if stage:
             if before is None:
@@ -187,7 +197,6 @@ class _Step:
     def _weights(self, action: Action) -> None:
         stage, _, microbatch = action
         with self._executor.watch(action):
-            self._passages.pop((stage, microbatch)).weights()
+            self._in_flight.pop((stage, microbatch)).weights()
         self._left[stage] -= 1
-        if not self._left[stage]:
-            self._on_stage_done(stage)
+        self._on_weights(stage, not self._left[stage])

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from stowplan.offload.memory_log import memory_log, synchronize
 from stowplan.offload.storages import storage_bytes
 from stowplan.planner.schedule import StageCosts
-from stowplan.runtime.pipeline.executor import Passage, Weights
+from stowplan.runtime.pipeline.executor import InFlight, Weights
 from stowplan.runtime.pipeline.forms import undisturbed
 from stowplan.runtime.pipeline.transfers import Form, Link
 
@@ -49,8 +49,8 @@ class Subject:
     def gradient(self, output: torch.Tensor) -> torch.Tensor:
         return torch.ones_like(output) if self.output_form is None else _random(self.output_form, self.device)
 
-    def passage(self) -> Passage:
-        return Passage(self.stage, self._collect)
+    def in_flight(self) -> InFlight:
+        return InFlight(self.stage, self._collect)
 
 
 def probe(subject: Subject) -> StageCosts:
@@ -72,18 +72,18 @@ def probe(subject: Subject) -> StageCosts:
 
 def _run(subject: Subject) -> tuple[float, float, float]:
     """Seconds of F, I and W."""
-    passage = subject.passage()
+    in_flight = subject.in_flight()
     hidden = subject.hidden()
     start = _now(subject.device)
-    output = passage.forward(hidden, subject.inputs)
+    output = in_flight.forward(hidden, subject.inputs)
     forward = _now(subject.device)
     del hidden
     gradient = subject.gradient(output)
     del output
     middle = _now(subject.device)
-    passage.backward(gradient)
+    in_flight.backward(gradient)
     backward = _now(subject.device)
-    passage.weights()
+    in_flight.weights()
     return forward - start, backward - middle, _now(subject.device) - backward
 
 
@@ -91,9 +91,9 @@ def _measure_bytes(subject: Subject) -> StageCosts:
     with memory_log(subject.device) as log:
         log.mark("input")
         hidden = subject.hidden()
-        passage = subject.passage()
+        in_flight = subject.in_flight()
         log.mark("forward")
-        output = passage.forward(hidden, subject.inputs)
+        output = in_flight.forward(hidden, subject.inputs)
         del hidden
         log.mark("forwarded")
         template = output if subject.output_form is None else torch.empty_like(output, device="meta")
@@ -102,12 +102,12 @@ def _measure_bytes(subject: Subject) -> StageCosts:
         gradient = subject.gradient(template)
         del template
         log.mark("backward")
-        before = passage.backward(gradient)
+        before = in_flight.backward(gradient)
         del gradient
         log.mark("backwarded")
         del before
         log.mark("weights")
-        passage.weights()
+        in_flight.weights()
         log.mark("end")
     segments = {segment.name: segment for segment in log.segments}
     held = max(0, segments["forwarded"].end_bytes)
