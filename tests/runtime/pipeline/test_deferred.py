@@ -6,6 +6,7 @@ import contextlib
 import copy
 import gc
 import pickle
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
@@ -43,6 +45,20 @@ def assert_equal(seen: Sequence[Any], expected: Sequence[Any]) -> None:
             assert torch.equal(mine, truth)
 
 
+class Products(TorchDispatchMode):
+    """Counts the products and sums that run, by the sizes and strides of what they read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[Any] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in ("mm", "addmm", "sum"):
+            self.seen[name, *((a.shape, a.stride()) for a in args if isinstance(a, torch.Tensor))] += 1
+        return func(*args, **(kwargs or {}))
+
+
 def both(
     stage: nn.Module, batches: Sequence[torch.Tensor], call: Callable[[nn.Module, torch.Tensor], Any], num: int
 ) -> None:
@@ -52,20 +68,25 @@ def both(
     deferred.install(stage)
     assert deferred.num_deferred == num
     seen: list[list[torch.Tensor | None]] = []
-    for module in (stage, plain):
+    products = [Products(), Products()]
+    for module, recorder in zip((stage, plain), products, strict=True):
         pending = []
         results: list[torch.Tensor | None] = []
-        for batch in batches:
-            x = batch.detach().requires_grad_(batch.requires_grad)
-            y = call(module, x)
-            generator = torch.Generator().manual_seed(1)
-            y.backward(torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype))
-            results += [y.detach(), x.grad]
-            pending.append(deferred.collect())
-        for one in pending:
-            one.run()
+        with recorder:
+            for batch in batches:
+                x = batch.detach().requires_grad_(batch.requires_grad)
+                y = call(module, x)
+                generator = torch.Generator().manual_seed(1)
+                y.backward(torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype))
+                results += [y.detach(), x.grad]
+                pending.append(deferred.collect())
+            for one in pending:
+                one.run()
         seen.append([*results, *gradients(module)])
     assert_equal(*seen)
+    # Two ways to compute a product may happen to agree in this machine's bits. How often: a checkpoint that runs a
+    # function of ours again cannot stop in the middle of it, as it does in an op.
+    assert products[0].seen.keys() == products[1].seen.keys()
 
 
 LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
