@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from stowplan.core.errors import InvalidArgument
 from stowplan.offload.intercept import Forward, Interception
@@ -132,6 +133,12 @@ class PendingGradients:
         On a GPU call it on the stream that backward was called on. Running twice does nothing. Raises RuntimeError,
         as backward does, if a layer's input or its output's gradient was changed in place.
         """
+        if not self._uses:
+            return
+        with torch.autocast(self._uses[0].x.device.type, enabled=False):
+            self._run()
+
+    def _run(self) -> None:
         num_left = Counter(id(parameter) for use in self._uses for parameter in use.parameters())
         sums: dict[int, dict[Hashable, torch.Tensor]] = {}
         while self._uses:
@@ -195,16 +202,12 @@ class _Use:
             if tensor._version != version:
                 raise modified_in_place(tensor, version)
         weight, bias = self.layer.weight, self.layer.bias
-        with torch.autocast(self.x.device.type, enabled=False):
-            rows = self.gradient.reshape(-1, self.gradient.shape[-1])
-            matrix = weight.t() if self.layer.by_rows else weight
-            if _by_columns(matrix):
-                product = rows.t().mm(self.x).t()
-            else:
-                product = self.x.t().mm(rows)
-            yield weight, product.t() if self.layer.by_rows else product
-            if bias is not None:
-                yield bias, self.gradient.sum_to_size(bias.shape)
+        rows = _as_matrix(self.gradient)
+        outputs_first = weight.stride() == ((weight.shape[1], 1) if self.layer.by_rows else (1, weight.shape[0]))
+        product = rows.t().mm(self.x) if outputs_first else self.x.t().mm(rows)
+        yield weight, product if outputs_first == self.layer.by_rows else product.t()
+        if bias is not None:
+            yield bias, self.gradient.sum_to_size(bias.shape)
 
 
 class _Deferred(torch.autograd.Function):
@@ -217,38 +220,43 @@ class _Deferred(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, anchor: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, layer: _Layer
     ) -> torch.Tensor:
-        matrix = w.t() if layer.by_rows else w
-        if x.dim() == 2:
-            rows = x
-        else:
-            rows = x.reshape(-1, x.shape[-1]) if layer.by_rows else x.view(-1, x.shape[-1])
-        fused = b is not None and (x.dim() == 2 or x.is_contiguous() or not layer.by_rows)
-        y = torch.addmm(b, rows, matrix) if b is not None and fused else rows.mm(matrix)
-        if x.dim() != 2:
-            y = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])  # no view: it may be written to in place
-        if b is not None and not fused:
-            y.add_(b)
+        fused = x.dim() == 2 or x.is_contiguous() or not layer.by_rows
+        rows = x
+        if not layer.by_rows:
+            assert b is not None
+            rows = x.view(-1, x.shape[-1])
+            y = torch.addmm(b, rows, w).view(*x.shape[:-1], w.shape[1])
+        elif fused:
+            y = F.linear(x, w, b)
+        else:  # with gradients of weights to come, linear makes rows of any input, and adds the bias by itself
+            rows = x.reshape(-1, x.shape[-1])
+            y = torch.ops.aten._unsafe_view(rows.mm(w.t()), [*x.shape[:-1], w.shape[0]])
+            if b is not None:
+                y.add_(b)
         ctx.save_for_backward(rows, w)
         ctx.layer, ctx.shape, ctx.fused = layer, x.shape, fused
-        return y
+        # Views that are made here could not be written to in place.
+        return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None, None]:
         x, w = ctx.saved_tensors
         layer: _Layer = ctx.layer
-        rows = gradient if gradient.dim() == 2 else gradient.reshape(-1, gradient.shape[-1])
+        rows, x = _as_matrix(gradient), _as_matrix(x)
         keeps_shape = layer.bias is not None and not ctx.fused  # a bias's gradient is rounded by how it is summed
         layer.owner.queue(_Use(layer, x.detach(), gradient if keeps_shape else rows))
         if not ctx.needs_input_grad[0]:
             return None, None, None, None, None
-        matrix = w.t() if layer.by_rows else w
-        given = matrix.mm(rows.t()).t() if _by_columns(x) else rows.mm(matrix.t())
+        if x.stride() == (1, x.shape[0]):
+            given = (w.t() if layer.by_rows else w).mm(rows.t()).t()
+        else:
+            given = rows.mm(w if layer.by_rows else w.t())
         return given if len(ctx.shape) == 2 else given.reshape(ctx.shape), None, None, None, None
 
 
-def _by_columns(matrix: torch.Tensor) -> bool:
-    return matrix.stride() == (1, matrix.shape[0])
+def _as_matrix(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
 
 
 def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
