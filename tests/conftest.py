@@ -1,10 +1,14 @@
-"""Settings that every test shares."""
+"""Settings and processes that every test shares."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
+import pytest
 from hypothesis import settings
+
+from tests.distributed import Ranks
 
 # Tests run side by side: one thread each. Read by torch when it is imported, here or in a subprocess.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -13,3 +17,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 settings.register_profile("default", derandomize=False, print_blob=True, deadline=None)
 settings.register_profile("ci", settings.get_profile("default"), max_examples=300)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    """Two ranks of a gloo group, started at the first use."""
+    group = Ranks(2)
+    yield group
+    group.stop()
