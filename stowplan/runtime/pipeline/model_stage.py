@@ -1,0 +1,125 @@
+"""A stage of a model that has a forward of its own: Hugging Face's causal language models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from stowplan.core.errors import InvalidArgument, UnsupportedModel
+from stowplan.runtime.pipeline.hollow import AbsentLayer, Passage
+from stowplan.runtime.pipeline.probe import Layout, arguments_of
+from stowplan.runtime.pipeline.stage import LossFunction, Stage, Tied
+
+__all__ = ["ModelStage", "refuse_outputs_of_all_layers"]
+
+
+def refuse_outputs_of_all_layers(where: str, options: Mapping[str, Any]) -> None:
+    """Raise UnsupportedModel if outputs are asked for that are collected from the layers of all stages."""
+    for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
+        if options.get(name):
+            raise UnsupportedModel(
+                f"{where}: {name}={options[name]} asks for outputs of all layers, which lie on many stages: set it to "
+                f"False in the model's config and in its arguments."
+            )
+
+
+class _Left(BaseException):
+    """Leaves the model's forward behind a stage's last layer; carries nothing, so that it keeps nothing alive."""
+
+
+class ModelStage(Stage):
+    """A stage that runs the model's own forward (``hollow``: Note: a stage runs the model's own forward)."""
+
+    _root: torch.nn.Module
+
+    def __init__(
+        self, model: torch.nn.Module, layout: Layout, index: int, tied: Tied, loss_fn: LossFunction | None
+    ) -> None:
+        super().__init__(index, layout.num_stages, tied, loss_fn)
+        first, end = layout.bounds[index : index + 2]
+        self._where = layout.where(index)
+        self._as_tuple = layout.as_tuple
+        self._passage = Passage(self._where, first, layout.as_tuple)
+        absent = {
+            name: AbsentLayer(self._passage, position)
+            for position, name in enumerate(layout.layers)
+            if not first <= position < end
+        }
+        root = layout.part(model, index, absent, self._passage)
+        self._last_layer = layout.layers[end - 1]
+        pad = getattr(getattr(model, "config", None), "pad_token_id", None)
+        self._token = int(pad == 0)
+        # Modules, parameters and buffers are those of the copied model, under its names.
+        self.__dict__["_root"] = root
+        for registry in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
+            self.__dict__[registry] = root.__dict__[registry]
+        self.training = model.training  # of this module alone: parts may be in eval mode on purpose
+
+    def train(self, mode: bool = True) -> ModelStage:
+        super().train(mode)
+        self._root.training = mode
+        return self
+
+    def _run(self, hidden: torch.Tensor | None, inputs: Any) -> Any:
+        arguments = self._arguments(hidden, inputs)
+        given: list[torch.Tensor] = []
+
+        def leave(_: torch.nn.Module, __: Any, output: Any) -> None:
+            given.append(self._hidden_of(output))
+            raise _Left
+
+        layer = self._root.get_submodule(self._last_layer)
+        handle = None if self.is_last else layer.register_forward_hook(leave)
+        self._passage.enter(hidden)
+        output = None
+        try:
+            output = self._root(**arguments)
+        except _Left:
+            output = given.pop()
+        finally:
+            skipped = self._passage.waits
+            self._passage.leave()
+            if handle is not None:
+                handle.remove()
+        if skipped:
+            raise UnsupportedModel(f"{self._where}: the model did not call the layers of the stages before.")
+        return output
+
+    def _arguments(self, hidden: torch.Tensor | None, inputs: Any) -> dict[str, Any]:
+        if not isinstance(inputs, Mapping) and (inputs is not None or self.is_first):
+            raise InvalidArgument(
+                f"{self._where}: inputs are {type(inputs).__name__}; give a dict of the model's arguments, such as "
+                f"{{'input_ids': ..., 'labels': ...}}."
+            )
+        arguments = dict(inputs or {})
+        refuse_outputs_of_all_layers(self._where, arguments)
+        if not self.is_last:
+            arguments.pop("labels", None)
+        if hidden is None:
+            return arguments | arguments_of(self._root, None)
+        arguments.pop("inputs_embeds", None)
+        ids = torch.full((), self._token, device=hidden.device).expand(hidden.shape[:2])
+        return arguments | arguments_of(self._root, ids)
+
+    def _hidden_of(self, output: Any) -> torch.Tensor:
+        hidden = output[0] if isinstance(output, tuple) and output and self._as_tuple else output
+        if not isinstance(hidden, torch.Tensor):
+            raise UnsupportedModel(f"{self._where}: {self._last_layer} gives {type(output).__name__}, not one tensor.")
+        more = [item for item in output if isinstance(item, torch.Tensor)] if isinstance(output, tuple) else [hidden]
+        if sum(item.requires_grad for item in more) > 1:
+            raise UnsupportedModel(
+                f"{self._where}: {self._last_layer} gives {len(more)} tensors with gradients, but stages hand over one."
+            )
+        return hidden
+
+    def _loss(self, output: Any, inputs: Any) -> torch.Tensor:
+        labels = inputs is not None and inputs.get("labels") is not None
+        enough = inputs is not None if self.loss_fn is not None else labels
+        if not enough and not torch.is_grad_enabled():
+            whole: torch.Tensor = output
+            return whole
+        if self.loss_fn is not None:
+            return self._scalar(self.loss_fn(output, inputs), "what loss_fn gives")
+        return self._scalar(getattr(output, "loss", None), "the output's loss")
