@@ -12,6 +12,7 @@ Note: a stage runs the model's own forward
 from __future__ import annotations
 
 import copy
+import enum
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,7 +21,7 @@ import torch
 
 from stowplan.core.errors import UnsupportedModel
 
-__all__ = ["AbsentLayer", "Passage", "generators", "partial_copy"]
+__all__ = ["AbsentLayer", "Passage", "generators", "partial_copy", "settings"]
 
 _REGISTRIES = frozenset(name for name, value in torch.nn.Module().__dict__.items() if isinstance(value, dict | set))
 
@@ -100,15 +101,24 @@ class Passage:
 
 
 class AbsentLayer(torch.nn.Module):
-    """Stands for a layer of another stage."""
+    """Stands for a layer of another stage, and has its settings, by which models choose a layer's arguments."""
 
-    def __init__(self, passage: Passage, position: int) -> None:
+    def __init__(self, layer: torch.nn.Module, passage: Passage, position: int) -> None:
         super().__init__()
+        self.__dict__ |= settings(layer)
         self.passage, self.position = passage, position
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the stage received, whatever the arguments are."""
         return self.passage.hand_on(self.position)
+
+
+def settings(layer: torch.nn.Module) -> dict[str, Any]:
+    """The layer's own plain attributes: its kind of attention, its number."""
+    plain = (bool, int, float, str, enum.Enum)
+    return {
+        name: value for name, value in layer.__dict__.items() if isinstance(value, plain) and not name.startswith("_")
+    }
 
 
 class _Hollow:
@@ -163,7 +173,8 @@ def partial_copy(
         for own, parameter in module._parameters.items()
         if parameter is not None and not has(prefix + own)
     }
-    copied = object.__new__(_hollow_class(type(module)) if absent else type(module))
+    kind: Any = type(module)
+    copied: torch.nn.Module = object.__new__(_hollow_class(kind) if absent else kind)
     for key, value in module.__dict__.items():
         copied.__dict__[key] = copy.copy(value) if key in _REGISTRIES else value
     for own, parameter in absent.items():

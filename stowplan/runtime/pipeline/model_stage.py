@@ -43,7 +43,7 @@ class ModelStage(Stage):
         self._as_tuple = layout.as_tuple
         self._passage = Passage(self._where, first, layout.as_tuple)
         absent = {
-            name: AbsentLayer(self._passage, position)
+            name: AbsentLayer(model.get_submodule(name), self._passage, position)
             for position, name in enumerate(layout.layers)
             if not first <= position < end
         }
@@ -104,13 +104,11 @@ class ModelStage(Stage):
         return arguments | arguments_of(self._root, ids)
 
     def _hidden_of(self, output: Any) -> torch.Tensor:
-        hidden = output[0] if isinstance(output, tuple) and output and self._as_tuple else output
+        """Of a layer's output what the model goes on with: nothing behind a tuple's first item, as ``probe`` saw."""
+        hidden = output[0] if self._as_tuple and isinstance(output, tuple | list) and output else output
         if not isinstance(hidden, torch.Tensor):
-            raise UnsupportedModel(f"{self._where}: {self._last_layer} gives {type(output).__name__}, not one tensor.")
-        more = [item for item in output if isinstance(item, torch.Tensor)] if isinstance(output, tuple) else [hidden]
-        if sum(item.requires_grad for item in more) > 1:
             raise UnsupportedModel(
-                f"{self._where}: {self._last_layer} gives {len(more)} tensors with gradients, but stages hand over one."
+                f"{self._where}: {self._last_layer} gives {type(output).__name__}; stages hand over one tensor."
             )
         return hidden
 

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_iter
 
 from stowplan.core.errors import UnsupportedModel
-from stowplan.runtime.pipeline.hollow import Passage, generators, partial_copy
+from stowplan.runtime.pipeline.hollow import Passage, generators, partial_copy, settings
 
 __all__ = ["Layout", "arguments_of", "examine"]
 
@@ -71,9 +71,17 @@ class _Over(BaseException):
 
 
 class _Single(tuple[Any, ...]):
-    """What a layer gives, if layers give tuples."""
+    """What a layer gives, if layers give tuples: the model may take the first item, and look at nothing else."""
 
     __slots__ = ()
+
+    def __getitem__(self, place: Any) -> Any:
+        if place != 0:
+            raise LookupError("more than the first item of what a layer gives is used")
+        return super().__getitem__(0)
+
+    def __iter__(self) -> Iterator[Any]:
+        raise LookupError("more than the first item of what a layer gives is used")
 
 
 class _Visit:
@@ -162,8 +170,9 @@ class _Run(TorchFunctionMode):
 class _Probe(torch.nn.Module):
     """Stands for a layer in a run."""
 
-    def __init__(self, run: _Run, position: int) -> None:
+    def __init__(self, layer: torch.nn.Module, run: _Run, position: int) -> None:
         super().__init__()
+        self.__dict__ |= settings(layer)
         self.run, self.position = run, position
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -206,7 +215,7 @@ def _whole(
     for as_tuple in (True, False):
         run = _Run(name, layers, as_tuple)
         way = Passage(name, 0, as_tuple)
-        probes = {layer: _Probe(run, position) for position, layer in enumerate(layers)}
+        probes = {layer: _Probe(model.get_submodule(layer), run, position) for position, layer in enumerate(layers)}
         copied = partial_copy(model, "", lambda _: True, way, probes)
         called: dict[str, set[str]] = {}
         handles = [
@@ -291,7 +300,7 @@ def _check_stage(
     run.stop = end - 1 if end < len(layout.layers) else None
     run.way = way = Passage(where, first, layout.as_tuple)
     way.leaves = run.leaves
-    probes = {layer: _Probe(run, position) for position, layer in enumerate(layout.layers)}
+    probes = {layer: _Probe(model.get_submodule(layer), run, n) for n, layer in enumerate(layout.layers)}
     copied = layout.part(model, stage, probes, way)
     way.enter(torch.empty((), device=device))
     ids = torch.ones(_BATCH, _SEQUENCE, dtype=torch.long, device=device)
