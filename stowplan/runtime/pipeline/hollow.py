@@ -6,7 +6,7 @@ Note: a stage runs the model's own forward
     that take no memory (``_Hollow``). The layers of earlier stages hand on what the stage received (``AbsentLayer``):
     the one right before the stage's own for good, so that all that the model does from there on is real. Forward is
     left behind the stage's last layer, by an exception that carries nothing. The stack keeps its length, so layers
-    keep their numbers and names. ``probe`` proves before that the stage's own layers can see none of this.
+    keep their numbers and names. ``layout`` proves before that the stage's own layers can see none of this.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 
 from stowplan.core.errors import UnsupportedModel
 
-__all__ = ["AbsentLayer", "Passage", "generators", "partial_copy", "settings"]
+__all__ = ["AbsentLayer", "Passage", "generators", "partial_copy", "settings", "shallow_copy"]
 
 _REGISTRIES = frozenset(name for name, value in torch.nn.Module().__dict__.items() if isinstance(value, dict | set))
 
@@ -95,7 +95,7 @@ class Passage:
                 f"it. Call the model as it is trained: with input_ids, attention_mask, position_ids and labels."
             )
         if self.leaves is not None and zero.is_floating_point():
-            zero = zero.detach().requires_grad_()
+            zero = torch.zeros((), dtype=zero.dtype, device="cpu" if zero.is_meta else zero.device, requires_grad=True)
             self.leaves.append(zero)
         return zero.expand(shape)
 
@@ -114,11 +114,11 @@ class AbsentLayer(torch.nn.Module):
 
 
 def settings(layer: torch.nn.Module) -> dict[str, Any]:
-    """The layer's own plain attributes: its kind of attention, its number."""
+    """The layer's plain attributes and those of its class: its kind of attention, its number."""
+    classes = [kind for kind in reversed(type(layer).__mro__) if kind is not torch.nn.Module]
+    attributes = {name: value for owner in (*classes, layer) for name, value in vars(owner).items()}
     plain = (bool, int, float, str, enum.Enum)
-    return {
-        name: value for name, value in layer.__dict__.items() if isinstance(value, plain) and not name.startswith("_")
-    }
+    return {name: value for name, value in attributes.items() if isinstance(value, plain) and not name.startswith("_")}
 
 
 class _Hollow:
@@ -144,6 +144,14 @@ def _zero_name(parameter: str) -> str:
 def _hollow_class(kind: Any) -> type[torch.nn.Module]:
     """A subclass under the same name, as code and messages go by names."""
     return type(kind.__name__, (_Hollow, kind), {"__module__": kind.__module__, "__qualname__": kind.__qualname__})
+
+
+def shallow_copy(module: torch.nn.Module, kind: type[torch.nn.Module]) -> torch.nn.Module:
+    """A module of ``kind`` with the same submodules, parameters, buffers, hooks and settings, in its own registries."""
+    copied = object.__new__(kind)
+    for key, value in module.__dict__.items():
+        copied.__dict__[key] = copy.copy(value) if key in _REGISTRIES else value
+    return copied
 
 
 def partial_copy(
@@ -174,9 +182,7 @@ def partial_copy(
         if parameter is not None and not has(prefix + own)
     }
     kind: Any = type(module)
-    copied: torch.nn.Module = object.__new__(_hollow_class(kind) if absent else kind)
-    for key, value in module.__dict__.items():
-        copied.__dict__[key] = copy.copy(value) if key in _REGISTRIES else value
+    copied = shallow_copy(module, _hollow_class(kind) if absent else kind)
     for own, parameter in absent.items():
         del copied._parameters[own]
         copied._buffers[_zero_name(own)] = torch.zeros((), dtype=parameter.dtype, device=parameter.device)

@@ -9,7 +9,8 @@ import torch
 
 from stowplan.core.errors import InvalidArgument, UnsupportedModel
 from stowplan.runtime.pipeline.hollow import AbsentLayer, Passage
-from stowplan.runtime.pipeline.probe import Layout, arguments_of
+from stowplan.runtime.pipeline.layout import Layout
+from stowplan.runtime.pipeline.probe import arguments_of
 from stowplan.runtime.pipeline.stage import LossFunction, Stage, Tied
 
 __all__ = ["ModelStage", "refuse_outputs_of_all_layers"]
@@ -104,7 +105,7 @@ class ModelStage(Stage):
         return arguments | arguments_of(self._root, ids)
 
     def _hidden_of(self, output: Any) -> torch.Tensor:
-        """Of a layer's output what the model goes on with: nothing behind a tuple's first item, as ``probe`` saw."""
+        """What the model goes on with: a layer's output, or its first item and nothing else, as ``layout`` proved."""
         hidden = output[0] if self._as_tuple and isinstance(output, tuple | list) and output else output
         if not isinstance(hidden, torch.Tensor):
             raise UnsupportedModel(
@@ -120,4 +121,5 @@ class ModelStage(Stage):
             return whole
         if self.loss_fn is not None:
             return self._scalar(self.loss_fn(output, inputs), "what loss_fn gives")
-        return self._scalar(getattr(output, "loss", None), "the output's loss")
+        loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+        return self._scalar(loss, "the output's loss")

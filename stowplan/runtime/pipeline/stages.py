@@ -15,8 +15,8 @@ from stowplan.core.errors import InvalidArgument, UnsupportedModel
 from stowplan.offload.arguments import flatten, map_tree
 from stowplan.offload.blocks import find_blocks, refuse_compiled
 from stowplan.offload.parallel import is_sharded, refuse_fsdp1
+from stowplan.runtime.pipeline.layout import examine
 from stowplan.runtime.pipeline.model_stage import ModelStage, refuse_outputs_of_all_layers
-from stowplan.runtime.pipeline.probe import examine
 from stowplan.runtime.pipeline.stage import LossFunction, SequenceStage, Stage, Tied
 
 __all__ = ["Stage", "divide", "microbatches", "split", "tie"]
@@ -49,6 +49,7 @@ def split(
     if isinstance(model, torch.nn.Module) and not isinstance(model, torch.nn.Sequential | torch.nn.ModuleList):
         _refuse(model)
         names = _layer_names(model)
+        _refuse_checkpoints_around_layers(model, names)
         bounds = divide(len(names), num_stages, layers)
         layout = examine(model, names, bounds)
         tied = _tied(model, layout.stages)
@@ -204,7 +205,6 @@ def _refuse(model: torch.nn.Module) -> None:
                 f"train it without a pipeline, or give split() a sequence of modules."
             )
         refuse_outputs_of_all_layers(type(model).__name__, config.to_dict())
-    _refuse_checkpoints_around_layers(model)
 
 
 def _configs(model: torch.nn.Module) -> Iterator[Any]:
@@ -212,14 +212,13 @@ def _configs(model: torch.nn.Module) -> Iterator[Any]:
     return (config for config in configs if hasattr(config, "to_dict"))
 
 
-def _refuse_checkpoints_around_layers(model: torch.nn.Module) -> None:
+def _refuse_checkpoints_around_layers(model: torch.nn.Module, layers: Sequence[str]) -> None:
     """Raise UnsupportedModel if checkpoints are on, and not those that layers put around their own forward."""
+    if all(hasattr(model.get_submodule(layer), "gradient_checkpointing") for layer in layers):
+        return
     for name, module in model.named_modules():
-        if getattr(module, "gradient_checkpointing", False) is not True:
-            continue
-        own = [inner for inner in module.modules() if inner is not module and hasattr(inner, "gradient_checkpointing")]
-        if not own and not hasattr(type(module), "gradient_checkpointing"):
+        if getattr(module, "gradient_checkpointing", False) is True:
             raise UnsupportedModel(
-                f"{name or type(module).__name__} puts gradient checkpoints around its layers from outside, which ends "
-                f"with the layer where a stage ends: call model.gradient_checkpointing_disable()."
+                f"{name or type(module).__name__} puts gradient checkpoints around its layers from outside, and a "
+                f"stage ends within them: call model.gradient_checkpointing_disable()."
             )
