@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Iterator
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -179,6 +180,14 @@ def test_nothing_outlives_a_call(name: str) -> None:
         assert held is None or held() is None
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_stages_on_the_meta_device_have_the_same_parts(name: str) -> None:
+    stages, meta = split(build(name), 3), split(build(name).to("meta"), 3)
+    for index, stage in stages.items():
+        assert list(stage.state_dict()) == list(meta[index].state_dict())
+        assert {parameter.device.type for parameter in meta[index].parameters()} == {"meta"}
+
+
 def test_a_meta_stage_is_moved_without_memory_for_the_others() -> None:
     model = build("llama").to("meta")
     stage = split(model, 3, keep=[1])[1].to_empty(device="cpu")
@@ -315,6 +324,53 @@ def test_microbatches_are_views() -> None:
 def test_uneven_batches(batch: Any, count: int, message: str) -> None:
     with pytest.raises(InvalidArgument, match=message):
         microbatches(batch, count)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_adapters() -> None:
+    """LoRA: models in models, and parameters without gradients."""
+    config = peft.LoraConfig(r=2, lora_dropout=0.1, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(build("llama"), config)  # type: ignore[arg-type]
+    stages = split(model, 3)
+    whole = whole_step(model, batch_of())
+    assert sum(gradient is not None for gradient in whole.gradients.values()) == 2 * NUM_LAYERS + 2
+    assert whole.differs(staged_step(stages, batch_of())) == []
+
+
+class Chained(nn.Module):
+    """Its layers are a Sequential, called as one; all take one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(64, 8)
+        self.layers = nn.Sequential(*[nn.Linear(8, 8) for _ in range(4)])
+        self.scale = nn.Parameter(torch.ones(8))
+        self.unused = nn.Parameter(torch.ones(8))
+
+    def forward(self, input_ids: torch.Tensor, labels: Any = None, use_cache: bool = False) -> dict[str, Any]:
+        logits = nn.functional.linear(self.layers(self.embedding(input_ids)) * self.scale, self.embedding.weight)
+        if labels is None:
+            return {"logits": logits}
+        return {"logits": logits, "loss": nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())}
+
+
+def test_layers_in_a_sequential_and_parameters_outside_modules() -> None:
+    model = Chained()
+    stages = split(model, 2)
+    names = [{name for name, _ in stage.named_parameters()} for stage in stages.values()]
+    layers = [{f"layers.{n}.{own}" for n in pair for own in ("weight", "bias")} for pair in ((0, 1), (2, 3))]
+    assert names[0] == {"embedding.weight", "unused", *layers[0]}
+    assert names[1] == {"embedding.weight", "scale", *layers[1]}
+    assert stages[0].tied == {"embedding.weight": {0: "embedding.weight", 1: "embedding.weight"}}
+    batch = batch_of()
+    model(**batch)["loss"].backward()
+    expected = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    staged = staged_step(stages, batch, count=1).gradients
+    torch.testing.assert_close(staged.pop("embedding.weight"), expected.pop("embedding.weight"))
+    assert staged.pop("unused") is None
+    assert expected.pop("unused") is None
+    assert all(torch.equal(staged[name], expected[name]) for name in {*staged, *expected})  # type: ignore[arg-type]
 
 
 def test_base_attributes() -> None:
