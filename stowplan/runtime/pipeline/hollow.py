@@ -40,7 +40,7 @@ class Passage:
     Attributes:
         where: model and stage, for messages.
         before: whether the parts before the stage's own are running; they may be stood in for, nothing else may.
-        leaves: in a check, what stood in for parameters so far, requiring gradients; None otherwise.
+        leaves: in a check, what stood in for parameters and layers so far, requiring gradients; None otherwise.
     """
 
     def __init__(self, where: str, num_before: int, as_tuple: bool) -> None:
@@ -81,6 +81,8 @@ class Passage:
             )
         if position < self._num_before - 1:
             hidden = hidden.detach()
+            if self.leaves is not None:
+                self.leaves.append(hidden.requires_grad_())
         else:
             for generator, state in self._drawn:
                 generator.set_state(state)

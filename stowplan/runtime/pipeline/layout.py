@@ -22,7 +22,7 @@ from stowplan.runtime.pipeline.hollow import Passage, partial_copy
 from stowplan.runtime.pipeline.meta import MetaPassage
 from stowplan.runtime.pipeline.probe import NUM_TOKENS, LooksFurther, Over, Run, Visit, call
 
-__all__ = ["Layout", "examine"]
+__all__ = ["Layout", "examine", "reaches", "refuse_more"]
 
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.Size, enum.Enum)
 
@@ -189,7 +189,7 @@ def _check_stage(
     for position in range(first, end):
         seen, expected = run.visits[position], whole.visits[position]
         if seen.structure != expected.structure:
-            _refuse(where, f"the arguments of {layout.layers[position]}")
+            refuse_more(where, f"the arguments of {layout.layers[position]}")
         _check_plain(where, layout.layers[position], seen)
         _check_same(where, f"of {layout.layers[position]}", seen.arguments, expected.arguments, run.leaves)
     if run.stop is None:
@@ -219,10 +219,10 @@ def _check_same(
 ) -> None:
     for (path, ours), (_, theirs) in zip(seen, expected, strict=True):
         if isinstance(ours, torch.Tensor) and isinstance(theirs, torch.Tensor):
-            if not _equal(ours, theirs) or _reaches(ours, leaves):
-                _refuse(where, f"{keystr(path)} {whose}")
+            if not _equal(ours, theirs) or reaches(ours, leaves):
+                refuse_more(where, f"{keystr(path)} {whose}")
         elif type(ours) is not type(theirs) or (isinstance(ours, _PLAIN) and ours != theirs):
-            _refuse(where, f"{keystr(path)} {whose}")
+            refuse_more(where, f"{keystr(path)} {whose}")
 
 
 def _equal(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
@@ -233,7 +233,7 @@ def _equal(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
     return torch.equal(*(t.detach().contiguous().view(torch.uint8) if t.ndim else t for t in (ours, theirs)))
 
 
-def _reaches(tensor: torch.Tensor, leaves: Sequence[torch.Tensor]) -> bool:
+def reaches(tensor: torch.Tensor, leaves: Sequence[torch.Tensor]) -> bool:
     """Does a gradient of the tensor flow to one of the leaves?"""
     wanted = {id(leaf) for leaf in leaves}
     return id(tensor) in wanted or any(id(variable) in wanted for variable in _variables(tensor))
@@ -251,7 +251,8 @@ def _variables(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         pending += [following for following, _ in node.next_functions]
 
 
-def _refuse(where: str, what: str) -> NoReturn:
+def refuse_more(where: str, what: str) -> NoReturn:
+    """Raise UnsupportedModel: ``what``, of the stage ``where``, depends on more than stages hand over."""
     raise UnsupportedModel(
         f"{where}: {what} depends on more than the hidden state that the stage before hands over (a skip connection, a "
         f"table that all layers learn, tokens that are read again), which a pipeline of stages cannot carry: train "

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from stowplan.core.errors import InvalidArgument, UnsupportedModel
+from stowplan.offload.arguments import flatten
 from stowplan.runtime.pipeline.hollow import AbsentLayer, Passage
-from stowplan.runtime.pipeline.layout import Layout
+from stowplan.runtime.pipeline.layout import Layout, reaches, refuse_more
 from stowplan.runtime.pipeline.probe import arguments_of
 from stowplan.runtime.pipeline.stage import LossFunction, Stage, Tied
 
@@ -49,7 +50,8 @@ class ModelStage(Stage):
             if not first <= position < end
         }
         root = layout.part(model, index, absent, self._passage)
-        self._last_layer = layout.layers[end - 1]
+        self._layers = layout.layers[first:end]
+        self._checked = False
         pad = getattr(getattr(model, "config", None), "pad_token_id", None)
         self._token = int(pad == 0)
         # Modules, parameters and buffers are those of the copied model, under its names.
@@ -71,22 +73,43 @@ class ModelStage(Stage):
             given.append(self._hidden_of(output))
             raise _Left
 
-        layer = self._root.get_submodule(self._last_layer)
-        handle = None if self.is_last else layer.register_forward_hook(leave)
+        checks = not (self.is_first or self._checked) and torch.is_grad_enabled()
+        handles = self._look_at_arguments() if checks else []
+        if not self.is_last:
+            handles.append(self._root.get_submodule(self._layers[-1]).register_forward_hook(leave))
         self._passage.enter(hidden)
         output = None
         try:
             output = self._root(**arguments)
+            self._refuse_if_reached(output, "the output")
         except _Left:
             output = given.pop()
         finally:
             skipped = self._passage.waits
             self._passage.leave()
-            if handle is not None:
+            self._passage.leaves = None
+            for handle in handles:
                 handle.remove()
         if skipped:
             raise UnsupportedModel(f"{self._where}: the model did not call the layers of the stages before.")
+        self._checked |= checks
         return output
+
+    def _look_at_arguments(self) -> list[Any]:
+        """Check this call as splitting did those of a few tokens: a model may do something else with a real batch."""
+        self._passage.leaves = []
+
+        def look(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
+            name = next(name for name in self._layers if self._root.get_submodule(name) is module)
+            self._refuse_if_reached((args, kwargs), f"an argument of {name}")
+
+        layers = [self._root.get_submodule(name) for name in self._layers]
+        return [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in layers]
+
+    def _refuse_if_reached(self, tree: Any, what: str) -> None:
+        leaves = self._passage.leaves
+        if leaves and any(isinstance(leaf, torch.Tensor) and reaches(leaf, leaves) for leaf in flatten((tree,), {})):
+            refuse_more(self._where, what)
 
     def _arguments(self, hidden: torch.Tensor | None, inputs: Any) -> dict[str, Any]:
         if not isinstance(inputs, Mapping) and (inputs is not None or self.is_first):
@@ -109,7 +132,7 @@ class ModelStage(Stage):
         hidden = output[0] if self._as_tuple and isinstance(output, tuple | list) and output else output
         if not isinstance(hidden, torch.Tensor):
             raise UnsupportedModel(
-                f"{self._where}: {self._last_layer} gives {type(output).__name__}; stages hand over one tensor."
+                f"{self._where}: {self._layers[-1]} gives {type(output).__name__}; stages hand over one tensor."
             )
         return hidden
 

@@ -33,9 +33,9 @@ class Toy(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(32, 16)
+        self.embedding = nn.Embedding(64, 16)
         self.layers = nn.ModuleList([Layer() for _ in range(4)])
-        self.head = nn.Linear(16, 32)
+        self.head = nn.Linear(16, 64)
 
     def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, Any]:
         logits = self.head(self.run(self.embedding(input_ids), input_ids))
@@ -221,7 +221,7 @@ def test_on_the_meta_device(kind: Callable[[], Toy]) -> None:
 def test_what_stays_within_a_stage_is_none_of_their_business() -> None:
     model = SkipConnection()
     stages = split(model, 2, layers=(1, 3))
-    batch = {key: value % 32 for key, value in batch_of().items()}
+    batch = batch_of()
     torch.manual_seed(7)
     whole = model(**batch)["loss"]
     assert torch.equal(staged_step(stages, batch, count=1).losses[0], whole)
@@ -288,6 +288,30 @@ def test_a_part_that_was_not_read_when_split() -> None:
     stages = split(Conditional(), 2)
     with pytest.raises(UnsupportedModel, match=r"stage 1 of 2: embedding.weight is read"):
         stages[1](torch.randn(2, 12, 16), batch_of(2))
+
+
+class SkipInLongBatches(Toy):
+    def run(self, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        result = super().run(hidden, ids)
+        return result + hidden if ids.shape[1] > 8 else result
+
+
+class ExtraInLongBatches(Toy):
+    def run(self, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        first = self.layers[0](hidden)
+        extra = first if ids.shape[1] > 8 else None
+        return self.layers[3](self.layers[2](self.layers[1](first)), extra)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("kind", "what"), [(SkipInLongBatches, "the output"), (ExtraInLongBatches, "an argument of layers.3")]
+)
+def test_what_passes_between_stages_in_real_batches_only(kind: Callable[[], Toy], what: str) -> None:
+    stage = split(kind(), 2)[1]
+    for _ in range(2):
+        with pytest.raises(UnsupportedModel, match=f"stage 1 of 2: {what} {MORE}"):
+            stage(torch.randn(2, 12, 16), batch_of(2))
+    assert all(not module._forward_pre_hooks for module in stage.modules())
 
 
 @pytest.fixture
