@@ -167,7 +167,14 @@ def _tied(model: torch.nn.Module, stages: Mapping[str, frozenset[int]]) -> Tied:
 
 def _layer_names(model: torch.nn.Module) -> list[str]:
     """Of the one stack's layers, all of them."""
-    containers = list(dict.fromkeys(block.name.rpartition(".")[0] for block in find_blocks(model)))
+    try:
+        blocks = find_blocks(model)
+    except UnsupportedModel:
+        raise UnsupportedModel(
+            f"{type(model).__name__} has no ModuleList or Sequential of like layers to cut at: give split() a sequence "
+            f"of modules that take and give one tensor."
+        ) from None
+    containers = list(dict.fromkeys(block.name.rpartition(".")[0] for block in blocks))
     if len(containers) > 1:
         raise UnsupportedModel(
             f"{type(model).__name__} has several stacks of layers ({', '.join(containers)}), of which a pipeline can "
