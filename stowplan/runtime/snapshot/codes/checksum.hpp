@@ -74,7 +74,11 @@ inline uint32_t crc_portable(uint32_t crc, const uint8_t* data, size_t bytes) {
 }
 
 #if defined(__x86_64__)
+#if defined(__clang__)
+#define CRC_TARGET __attribute__((target("sse4.2,crc32")))  // two features there
+#else
 #define CRC_TARGET __attribute__((target("sse4.2")))
+#endif
 #define CRC_WORD(crc, word) static_cast<uint32_t>(_mm_crc32_u64(crc, word))
 #define CRC_BYTE(crc, byte) _mm_crc32_u8(crc, byte)
 #elif defined(__aarch64__) && defined(__clang__)
