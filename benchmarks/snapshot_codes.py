@@ -5,9 +5,10 @@
 
 One thread. The figure is bytes of sources read in a second ÷ bytes that memcpy copies in a second: a sum of six
 buffers of 64 MiB counts 384 MiB, whatever it writes. Buffers are larger than caches and have all been written to
-before. Everything is timed in turn, round by round, in one process, each right after a memcpy that it is compared with;
-times are CPU seconds of the thread, so that other processes count less, and the median round counts. Peers take part when they are installed (``pip install zfec pyeclib crc32c isal``). Results go to benchmarks/results/snapshot_codes.json
-and, as a table, .md.
+before. Everything is timed in turn, round by round, in one process, each right after a memcpy that it is compared
+with; times are CPU seconds of the thread, so that other processes count less, and the median round counts. Peers take
+part when they are installed (``pip install zfec pyeclib crc32c isal``). Results go to
+benchmarks/results/snapshot_codes.json and, as a table, .md.
 """
 
 from __future__ import annotations
