@@ -43,7 +43,7 @@ def best_kernels() -> Kernels:
         return NativeKernels()
     except CompilationFailed as error:
         warnings.warn(
-            f"snapshots are coded and checked by NumPy, several times slower than by the compiled library: {error}",
+            f"snapshots are coded and checked by NumPy, many times slower than by the compiled library: {error}",
             RuntimeWarning,
             stacklevel=2,
         )
