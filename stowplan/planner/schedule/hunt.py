@@ -47,8 +47,16 @@ class Entry:
 class Hunt:
     """What has been found so far, and how much may still be tried."""
 
-    def __init__(self, limit: Limit, num_microbatches: int, steps: int, time_limit_seconds: float, seed: int) -> None:
-        self.limit, self.num_microbatches = limit, num_microbatches
+    def __init__(
+        self,
+        limit: Limit,
+        num_microbatches: int,
+        steps: int,
+        time_limit_seconds: float,
+        seed: int,
+        v_only: bool = False,
+    ) -> None:
+        self.limit, self.num_microbatches, self.v_only = limit, num_microbatches, v_only
         self.num_devices = limit.num_devices
         self.num_passes = 6 * num_microbatches * limit.num_devices
         self.all_steps = steps
@@ -85,12 +93,14 @@ class Hunt:
         p, m = self.num_devices, self.num_microbatches
         named_seconds = {}
         for name, schedule in named(p, m):
+            if self.v_only and schedule.stage_devices != v_placement(p):
+                continue
             seconds = self.take(schedule, name)
             if seconds is not None:
                 named_seconds[name] = seconds
         for start in starts:
             self.take(start, "start")
-        for placement in (v_placement(p), loop_placement(p, 2), loop_placement(p)):
+        for placement in (v_placement(p), loop_placement(p, 2), loop_placement(p))[: 1 if self.v_only else 3]:
             if not self.entries or placement == v_placement(p):
                 self.take(one_at_a_time(placement, m), "one at a time")
         if not self.entries:

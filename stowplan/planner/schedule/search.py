@@ -64,6 +64,7 @@ def search(
     limit_microbatches: int | None = None,
     limit_bytes: int | None = None,
     starts: Sequence[Schedule] = (),
+    v_only: bool = False,
     steps: int | None = None,
     time_limit_seconds: float = 50.0,
     seed: int = 0,
@@ -71,8 +72,8 @@ def search(
     """The fastest schedule found for ``costs`` of 2p stages within one limit, or without one.
 
     ``limit_microbatches``: activations, in microbatches' worth of one device. ``limit_bytes``: the peak of every
-    device, buffers included. ``starts``: schedules to begin with, such as the best of a smaller limit. ``steps``: how
-    much is tried: a pass that the engine places is one.
+    device, buffers included. ``starts``: schedules to begin with, such as the best of a smaller limit. ``v_only``: no
+    named schedules of another placement than the V. ``steps``: how much is tried: a pass that the engine places is one.
 
     Raises InfeasibleSchedule, which names the least limit that a schedule was found for, and InvalidArgument.
     """
@@ -80,7 +81,7 @@ def search(
     limit = Limit(costs, num_devices, limit_microbatches, limit_bytes)
     if steps is None:
         steps = max(_LEAST_STEPS, _STEPS_PER_PASS * 6 * num_microbatches * num_devices)
-    hunt = Hunt(limit, num_microbatches, steps, time_limit_seconds, seed)
+    hunt = Hunt(limit, num_microbatches, steps, time_limit_seconds, seed, v_only)
     named_seconds = hunt.take_known(starts)
     bound = step_bound_seconds(
         costs, num_devices, num_microbatches, limit_microbatches=limit_microbatches, limit_bytes=limit_bytes
