@@ -38,7 +38,8 @@ _applied: weakref.WeakKeyDictionary[torch.nn.Module, AppliedPlan] = weakref.Weak
 class AppliedPlan:
     """A plan in force on a model: a handle (``remove``) and a context manager.
 
-    ``counters`` tells what was swapped and recomputed so far.
+    ``counters`` tells what was swapped and recomputed so far. ``in_flight``: forward passes whose backward is still to
+    come, at most: the host slab has room for what all of them swap.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class AppliedPlan:
         verify: str = Verify.SAMPLE,
         strict: bool = False,
         budget_bytes: int | None = None,
+        in_flight: int = 1,
         on_remove: Callable[[torch.nn.Module], object] | None = None,
     ) -> None:
         self._verify = Verify.of(verify)
@@ -62,6 +64,7 @@ class AppliedPlan:
             raise InvalidArgument("a plan is applied to this model already; call remove() on its handle first.")
         self.plan = plan
         self.counters = Counters()
+        self._in_flight = in_flight
         budget_bytes = plan.budget_bytes if budget_bytes is None else budget_bytes
         self.watch = Watch(plan, budget_bytes, self.counters, memory_observer(device), strict)
         self._on_remove = on_remove  # wrap's, which watches by itself
@@ -73,7 +76,7 @@ class AppliedPlan:
         """Put the hooks on the blocks, and the watch before the model's forward unless there is nothing to watch."""
         model = self._model()
         assert model is not None
-        copies = _copies(self.plan, device_of(model))
+        copies = _copies(self.plan, device_of(model), self._in_flight)
         blocks, decisions = _named_blocks(model, self.plan), _decisions(self.plan)
         checks, note = Checks(self._verify, exact=self.plan.exact), failure_note(self.plan)
         rounding = None if self.plan.exact else Tolerance(self.plan.tolerance)
@@ -180,11 +183,12 @@ def _decisions(plan: Plan) -> Sequence[Mapping[str, Any]]:
     return [plan.actions_of(block) for block in range(plan.step.num_blocks)]
 
 
-def _copies(plan: Plan, device: torch.device) -> CopyEngine:
-    """As the plan's hardware says: beside compute, or stopping it."""
+def _copies(plan: Plan, device: torch.device, in_flight: int) -> CopyEngine:
+    """As the plan's hardware says: beside compute, or stopping it; with room for so many forward passes at once."""
     num_swapped = sum(swaps(decision) for chosen in plan.decisions for decision in chosen)
     slab = HostSlab(
-        plan.prediction.host_bytes + num_swapped * _SLAB_ALIGNMENT, device if device.type == "cuda" else None
+        in_flight * (plan.prediction.host_bytes + num_swapped * _SLAB_ALIGNMENT),
+        device if device.type == "cuda" else None,
     )
     if plan.hardware.overlapped_copies:
         return OverlappedCopies(slab, lanes_for(device), plan.hardware.staging_blocks)

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from stowplan.core.errors import UnsupportedModel
 from stowplan.runtime.pipeline.transfers import Form, Link
@@ -27,18 +26,18 @@ def learn_forms(
     forms: list[Form | None] = [None]
     for stage in range(len(stage_devices) - 1):
         holder = stage_devices[stage]
-        told: list[Form | str | None] = [None]
+        told: Form | str | None = None
         if holder == link.rank:
             form = forms[stage]
             hidden = None if form is None else torch.zeros(form.size, dtype=form.dtype, device=link.device)
             with undisturbed(stages[stage], link.device), torch.no_grad():
                 output = stages[stage](hidden, inputs)
-            told = [_form_of(output, stage)]
+            told = _form_of(output, stage)
             del output
-        dist.broadcast_object_list(told, group=link.group, group_src=holder, device=link.device)
-        if not isinstance(told[0], Form):
-            raise UnsupportedModel(str(told[0]))
-        forms.append(told[0])
+        told = link.told(told, holder)
+        if not isinstance(told, Form):
+            raise UnsupportedModel(str(told))
+        forms.append(told)
     return forms
 
 

@@ -9,15 +9,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from stowplan.core.schedule import Action, Schedule
 from stowplan.offload.memory_log import MemoryLog, memory_log, synchronize
 from stowplan.planner.schedule import Timeline
 from stowplan.reports.pipeline import Lane, PipelineReport
-from stowplan.runtime.pipeline.transfers import Link
 
-__all__ = ["DeviceTrace", "Recorder", "StepTrace", "gathered"]
+__all__ = ["DeviceTrace", "Recorder", "StepTrace"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,10 +134,3 @@ class Recorder:
     def _now(self) -> float:
         synchronize(self._device)
         return time.perf_counter()
-
-
-def gathered(link: Link, schedule: Schedule, trace: DeviceTrace) -> StepTrace:
-    """The step of all devices, on each of them."""
-    traces: list[DeviceTrace | None] = [None] * link.size
-    dist.all_gather_object(traces, trace, group=link.group)
-    return StepTrace(schedule, tuple(found for found in traces if found is not None))

@@ -60,6 +60,10 @@ class ModelStage(Stage):
             self.__dict__[registry] = root.__dict__[registry]
         self.training = model.training  # of this module alone: parts may be in eval mode on purpose
 
+    @property
+    def layers(self) -> list[torch.nn.Module]:
+        return [self._root.get_submodule(name) for name in self._layers]
+
     def train(self, mode: bool = True) -> ModelStage:
         super().train(mode)
         self._root.training = mode

@@ -20,9 +20,8 @@ from stowplan.runtime.pipeline.deferred import WeightGradients
 from stowplan.runtime.pipeline.executor import Executor, unwatched
 from stowplan.runtime.pipeline.forms import learn_forms
 from stowplan.runtime.pipeline.measure import Recorder, StepTrace
-from stowplan.runtime.pipeline.measure import gathered as gathered_trace
 from stowplan.runtime.pipeline.stage import LossFunction, Stage
-from stowplan.runtime.pipeline.stage_costs import Subject, communication_seconds, gathered, in_turns, probe
+from stowplan.runtime.pipeline.stage_costs import Subject, communication_seconds, probe
 from stowplan.runtime.pipeline.stages import microbatches, split
 from stowplan.runtime.pipeline.tied import TiedGradients
 from stowplan.runtime.pipeline.transfers import Form, Link, Transfers
@@ -62,6 +61,7 @@ class Pipeline:
     Attributes:
         schedule: who computes what, in which order.
         stages: this process's stages by their number.
+        link: the processes of the pipeline, and this one's place among them.
 
     Raises:
         InvalidArgument: torch.distributed is not initialised; counts that do not go together.
@@ -92,14 +92,14 @@ class Pipeline:
         if prepare is not None:
             for stage in self.stages.values():
                 prepare(stage)
-        self._link = Link(group, _device_of(self.stages.values()))
+        self.link = Link(group, _device_of(self.stages.values()))
         self._deferred = {number: WeightGradients() for number in self.stages}
         self._reductions: dict[int, Reduction] = {}
         for number, stage in self.stages.items():
             refuse_wrappers(stage)
             if data_parallel is not None or any(map(is_sharded, stage.modules())):
                 self._reductions[number] = reduction_of(stage, data_parallel)
-        self._tied = TiedGradients(self._link, *self._shared())
+        self._tied = TiedGradients(self.link, *self._shared())
         self._forms: list[Form | None] = []
         self._signature: Any = None
         self._everybody_has_batches = False
@@ -110,16 +110,16 @@ class Pipeline:
     # ---- what is here ------------------------------------------------------------------------------------------------
     @property
     def index(self) -> int:
-        return self._link.rank
+        return self.link.rank
 
     @property
     def size(self) -> int:
-        return self._link.size
+        return self.link.size
 
     @property
     def device(self) -> torch.device:
         """Where this process computes."""
-        return self._link.device
+        return self.link.device
 
     @property
     def num_microbatches(self) -> int:
@@ -225,34 +225,34 @@ class Pipeline:
         return clip_grad_norm_(
             self.parameters(),
             max_norm,
-            groups=[self._link.group],
+            groups=[self.link.group],
             counted_elsewhere=self._tied.counted_elsewhere(),
             error_if_nonfinite=error_if_nonfinite,
         )
 
     # ---- what it costs -----------------------------------------------------------------------------------------------
-    def probe(self, batch: Any = None) -> Costs:
-        """Measure what each stage costs, with one microbatch of ``batch``; all devices at once, the same on all."""
+    def subjects(self, batch: Any = None) -> dict[int, Subject]:
+        """Each stage here with what one microbatch of ``batch`` brings it, to be probed. All devices at once."""
         parts = self._parts(batch)
         forms = [*self._forms, None]
+        return {
+            number: Subject(
+                stage, self._deferred[number].collect, parts[0], forms[number], forms[number + 1], self.device
+            )
+            for number, stage in self.stages.items()
+        }
 
-        def mine() -> dict[int, Any]:
-            return {
-                number: probe(
-                    Subject(
-                        stage,
-                        self._deferred[number].collect,
-                        parts[0],
-                        forms[number],
-                        forms[number + 1],
-                        self.device,
-                    )
-                )
-                for number, stage in self.stages.items()
-            }
+    def probe(self, batch: Any = None) -> Costs:
+        """Measure what each stage costs, with one microbatch of ``batch``; all devices at once, the same on all."""
+        subjects = self.subjects(batch)
+        mine = self.link.in_turns(lambda: {number: probe(subject) for number, subject in subjects.items()})
+        every = {stage: cost for part in self.link.gathered(mine) for stage, cost in part.items()}
+        stages = tuple(every[stage] for stage in range(self.schedule.num_stages))
+        return Costs(stages, communication_seconds(self.link, self._forms))
 
-        stages = gathered(self._link, in_turns(self._link, mine), self.schedule.num_stages)
-        return Costs(tuple(stages), communication_seconds(self._link, self._forms))
+    def communication_seconds(self) -> float:
+        """Seconds that the largest tensor between stages takes to another process. All devices at once."""
+        return communication_seconds(self.link, self._forms)
 
     def predict(self, costs: Costs) -> Timeline:
         """What a step takes, and what each device holds, at ``costs``."""
@@ -267,14 +267,15 @@ class Pipeline:
         static += [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
         recorder = Recorder(self.device, storage_bytes(static))
         self._parts(batch)  # what is found out once is not part of a step
-        dist.barrier(self._link.group)
+        dist.barrier(self.link.group)
         self._executor.watch = recorder.watch
         try:
             with recorder.step():
                 self.step(batch)
         finally:
             self._executor.watch = unwatched
-        return gathered_trace(self._link, self.schedule, recorder.trace(self.schedule.orders[self.index]))
+        traces = self.link.gathered(recorder.trace(self.schedule.orders[self.index]))
+        return StepTrace(self.schedule, tuple(traces))
 
     # ---- within ------------------------------------------------------------------------------------------------------
     def use(self, schedule: Schedule) -> None:
@@ -299,7 +300,7 @@ class Pipeline:
 
     def _new_executor(self, schedule: Schedule) -> Executor:
         collects = {number: deferred.collect for number, deferred in self._deferred.items()}
-        return Executor(schedule, Transfers(schedule, self._link), self.stages, collects)
+        return Executor(schedule, Transfers(schedule, self.link), self.stages, collects)
 
     def _on_weights(self, stage: int, complete: bool) -> None:
         if stage in self._reductions:
@@ -330,9 +331,7 @@ class Pipeline:
         parts = [None] * self.num_microbatches if batch is None else microbatches(batch, self.num_microbatches)
         signature = None if batch is None else (_signature(parts[0]), torch.is_autocast_enabled(self.device.type))
         if not self._forms:
-            had: list[bool] = [False] * self.size
-            dist.all_gather_object(had, batch is not None, group=self._link.group)
-            self._everybody_has_batches = all(had)
+            self._everybody_has_batches = all(self.link.gathered(batch is not None))
         elif batch is None or signature == self._signature:
             return parts
         elif not self._everybody_has_batches:
@@ -341,7 +340,7 @@ class Pipeline:
                 f"cannot know: pad batches to one shape, or give them to all devices."
             )
         self._signature = signature
-        self._forms = learn_forms(self.stages, self.schedule.stage_devices, parts[0], self._link)
+        self._forms = learn_forms(self.stages, self.schedule.stage_devices, parts[0], self.link)
         return parts
 
     @contextmanager

@@ -38,6 +38,11 @@ class Stage(torch.nn.Module):
     def is_last(self) -> bool:
         return self.index == self.num_stages - 1
 
+    @property
+    def layers(self) -> list[torch.nn.Module]:
+        """The model's layers that are here, in order."""
+        raise NotImplementedError
+
     def forward(self, hidden: torch.Tensor | None = None, inputs: Any = None) -> torch.Tensor:
         """What the next stage takes as ``hidden``; from the last stage the loss, a scalar.
 
@@ -86,6 +91,10 @@ class SequenceStage(Stage):
         super().__init__(index, num, tied, loss_fn)
         for name, module in modules.items():
             self.add_module(name, module)
+
+    @property
+    def layers(self) -> list[torch.nn.Module]:
+        return list(self.children())
 
     def _run(self, hidden: torch.Tensor | None, inputs: Any) -> torch.Tensor:
         value = hidden

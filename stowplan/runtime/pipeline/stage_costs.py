@@ -13,7 +13,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from stowplan.offload.memory_log import memory_log, synchronize
 from stowplan.offload.storages import storage_bytes
@@ -22,9 +21,10 @@ from stowplan.runtime.pipeline.executor import InFlight, Weights
 from stowplan.runtime.pipeline.forms import undisturbed
 from stowplan.runtime.pipeline.transfers import Form, Link
 
-__all__ = ["Subject", "communication_seconds", "gathered", "in_turns", "probe"]
+__all__ = ["Subject", "communication_seconds", "probe"]
 
 _NUM_TIMED = 5  # the same on all processes: stages may hold collectives
+_NUM_WARM = 3  # gradients and whatever is made once are there then, and an activation plan records no more
 _LEAST_SECONDS = 1e-9
 
 
@@ -56,7 +56,8 @@ class Subject:
 def probe(subject: Subject) -> StageCosts:
     """Seconds and bytes of F, I and W of one stage; parameters, gradients and generators are afterwards as before."""
     with undisturbed(subject.stage, subject.device), _own_gradients(subject.stage.parameters()):
-        _run(subject)  # gradients are there from now on, and whatever is made once
+        for _ in range(_NUM_WARM):
+            _run(subject)
         bytes_of = _measure_bytes(subject)
         columns = zip(*(_run(subject) for _ in range(_NUM_TIMED)), strict=True)
         forward, backward, weights = (max(statistics.median(column), _LEAST_SECONDS) for column in columns)
@@ -146,26 +147,6 @@ def _own_gradients(parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
             parameter.grad = gradient
 
 
-def in_turns(link: Link, work: Callable[[], Any]) -> Any:
-    """``work`` on one process after the other where they share the machine's cores, else on all at once."""
-    if link.device.type != "cpu":
-        return work()
-    made = None
-    for turn in range(link.size):
-        if turn == link.rank:
-            made = work()
-        dist.barrier(link.group)
-    return made
-
-
-def gathered(link: Link, costs: dict[int, StageCosts], num_stages: int) -> list[StageCosts]:
-    """The costs of all stages, from those that each device has measured."""
-    parts: list[dict[int, StageCosts] | None] = [None] * link.size
-    dist.all_gather_object(parts, costs, group=link.group)
-    every = {stage: cost for part in parts if part is not None for stage, cost in part.items()}
-    return [every[stage] for stage in range(num_stages)]
-
-
 def communication_seconds(link: Link, forms: list[Form | None]) -> float:
     """Seconds of the largest tensor between stages from the first device to the second, and of its way back, halved."""
     largest = max(
@@ -180,6 +161,4 @@ def communication_seconds(link: Link, forms: list[Form | None]) -> float:
             first(tensor, 1 - link.rank).wait()
             second(tensor, 1 - link.rank).wait()
             times.append((_now(link.device) - start) / 2)
-    told = [statistics.median(times) if times else 0.0]
-    dist.broadcast_object_list(told, group=link.group, group_src=0, device=link.device)
-    return told[0]
+    return link.told(statistics.median(times) if times else 0.0)

@@ -13,8 +13,8 @@ from __future__ import annotations
 import queue
 import threading
 import weakref
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,9 @@ from stowplan.core.schedule import Schedule
 from stowplan.planner.schedule.messages import channels
 
 __all__ = ["Form", "Link", "Transfers"]
+
+
+Item = TypeVar("Item")
 
 
 class Form(NamedTuple):
@@ -85,6 +88,29 @@ class Link:
                 self.send(tensor, target).wait()
             elif self.rank == target:
                 self.receive(tensor, source).wait()
+
+    def told(self, item: Item, source: int = 0) -> Item:
+        """What device ``source`` has, on all of them."""
+        items = [item]
+        dist.broadcast_object_list(items, group=self.group, group_src=source, device=self.device)
+        return items[0]
+
+    def gathered(self, item: Item) -> list[Item]:
+        """What all devices have, in their order, on each of them."""
+        items: list[Any] = [None] * self.size
+        dist.all_gather_object(items, item, group=self.group)
+        return items
+
+    def in_turns(self, work: Callable[[], Item]) -> Item:
+        """``work`` on one process after the other where they share a machine's cores (CPUs), else on all at once."""
+        if self.device.type != "cpu":
+            return work()
+        made: list[Item] = []
+        for turn in range(self.size):
+            if turn == self.rank:
+                made.append(work())
+            dist.barrier(self.group)
+        return made[0]
 
     def _towards(self, source: int, target: int) -> dist.ProcessGroup:
         return self._down if source < target else self._up
