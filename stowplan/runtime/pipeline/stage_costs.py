@@ -19,6 +19,7 @@ from stowplan.offload.storages import storage_bytes
 from stowplan.planner.schedule import StageCosts
 from stowplan.runtime.pipeline.executor import InFlight, Weights
 from stowplan.runtime.pipeline.forms import undisturbed
+from stowplan.runtime.pipeline.stage import Stage
 from stowplan.runtime.pipeline.transfers import Form, Link
 
 __all__ = ["Subject", "communication_seconds", "probe"]
@@ -33,7 +34,7 @@ class Subject:
 
     def __init__(
         self,
-        stage: torch.nn.Module,
+        stage: Stage,
         collect: Callable[[], Weights],
         inputs: Any,
         form: Form | None,
