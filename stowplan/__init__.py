@@ -40,7 +40,10 @@ if TYPE_CHECKING:
     from stowplan.core.hardware import Hardware
     from stowplan.core.plan import Measurement, Plan, Prediction
     from stowplan.core.program import Action
+    from stowplan.core.schedule import Schedule
+    from stowplan.runtime.pipeline.pipeline import Pipeline
     from stowplan.session import (
+        PipelinePlan,
         allocations,
         allow_replay,
         applied,
@@ -74,11 +77,14 @@ __all__ = [
     "MissingDependency",
     "NoGradients",
     "NoLogits",
+    "Pipeline",
+    "PipelinePlan",
     "Plan",
     "PlanMismatch",
     "PlanRejected",
     "Prediction",
     "ReplayMismatch",
+    "Schedule",
     "SolverFailed",
     "StowplanError",
     "UnrecoverableSnapshot",
@@ -102,7 +108,10 @@ _HOMES = {
     "stowplan.core.hardware": ("Hardware",),
     "stowplan.core.plan": ("Measurement", "Plan", "Prediction"),
     "stowplan.core.program": ("Action",),
+    "stowplan.core.schedule": ("Schedule",),
+    "stowplan.runtime.pipeline.pipeline": ("Pipeline",),
     "stowplan.session": (
+        "PipelinePlan",
         "allocations",
         "allow_replay",
         "applied",

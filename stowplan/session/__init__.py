@@ -16,6 +16,7 @@ from stowplan.reports import text
 from stowplan.session.applying import AppliedPlan, applied, apply
 from stowplan.session.dry import dry
 from stowplan.session.making import FORWARD_NOTE
+from stowplan.session.pipelines import PipelinePlan
 from stowplan.session.planning import plan, replan
 from stowplan.session.wrapping import wrap
 
@@ -23,6 +24,7 @@ __all__ = [
     "FORWARD_NOTE",
     "AppliedPlan",
     "Meter",
+    "PipelinePlan",
     "allocations",
     "allow_replay",
     "applied",
@@ -48,11 +50,13 @@ def measure(model: torch.nn.Module) -> Meter:
     return Meter(model, Counters()) if handle is None else Meter(model, handle.counters, handle.measured)
 
 
-def report(plan: Plan) -> str:
+def report(plan: Plan | PipelinePlan) -> str:
     """The plan as text, 100 columns: what fits, what it gains, where memory goes, what every block does.
 
-    With ``plan(..., allocations=True)`` a map of addresses, too.
+    With ``plan(..., allocations=True)`` a map of addresses, too. Of a pipeline: schedule, stages, why.
     """
+    if isinstance(plan, PipelinePlan):
+        return plan.render()
     return text.render(plan, addresses=addresses_of(plan))
 
 

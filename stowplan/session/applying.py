@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
@@ -26,6 +26,10 @@ from stowplan.offload.tape.proof import Tolerance
 from stowplan.offload.tape.run import Counters
 from stowplan.session.making import device_of
 from stowplan.session.watching import Watch, failure_note
+
+if TYPE_CHECKING:
+    from stowplan.runtime.pipeline.pipeline import Pipeline
+    from stowplan.session.pipelines import AppliedPipelinePlan, PipelinePlan
 
 __all__ = ["AppliedPlan", "applied", "apply"]
 
@@ -137,13 +141,25 @@ class AppliedPlan:
         self.remove()
 
 
-def apply(plan: Plan, model: torch.nn.Module, *, verify: str = "sample", strict: bool = False) -> AppliedPlan:
+@overload
+def apply(plan: Plan, model: torch.nn.Module, *, verify: str = "sample", strict: bool = False) -> AppliedPlan: ...
+
+
+@overload
+def apply(
+    plan: PipelinePlan, model: Pipeline, *, verify: str = "sample", strict: bool = False
+) -> AppliedPipelinePlan: ...
+
+
+def apply(
+    plan: Plan | PipelinePlan, model: torch.nn.Module | Pipeline, *, verify: str = "sample", strict: bool = False
+) -> AppliedPlan | AppliedPipelinePlan:
     """Carry ``plan`` out on ``model`` from now on: hooks only, the module tree and state dict stay as they are.
 
     The first call of every block with a decision is recorded and its replay proved against the true values.
 
     A model in ``DistributedDataParallel`` may be given in or out of it, and a plan that was made before ``fully_shard``
-    holds after it.
+    holds after it. A ``PipelinePlan`` is carried out on its ``Pipeline``, by all of its devices at once.
 
     Args:
         verify: what is compared, bit for bit, with what the forward pass had, once it is back for backward. "sample":
@@ -157,7 +173,17 @@ def apply(plan: Plan, model: torch.nn.Module, *, verify: str = "sample", strict:
     Raises PlanMismatch if the model is not the one the plan was made for (here, or at a block's first call), and
     InvalidArgument if a plan is in force on it already or ``verify`` is unknown.
     """
-    return AppliedPlan(plan, inner_model(model), verify=verify, strict=strict)
+    if isinstance(plan, Plan):
+        if isinstance(model, torch.nn.Module):
+            return AppliedPlan(plan, inner_model(model), verify=verify, strict=strict)
+    elif not isinstance(model, torch.nn.Module):
+        from stowplan.session.pipelines import AppliedPipelinePlan
+
+        return AppliedPipelinePlan(plan, model, verify=verify, strict=strict)
+    raise InvalidArgument(
+        f"a {type(plan).__name__} does not go with a {type(model).__name__}: a Plan goes with a model, a PipelinePlan "
+        f"with a Pipeline."
+    )
 
 
 def _named_blocks(model: torch.nn.Module, plan: Plan) -> list[Block]:

@@ -15,11 +15,15 @@ from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
 
+import torch
+
 from stowplan.core.errors import InfeasibleBudget, InfeasibleSchedule, StowplanError
 from stowplan.core.plan import Plan
 from stowplan.core.schedule import Kind, Schedule
 from stowplan.core.units import format_bytes, parse_bytes
 from stowplan.offload.calibrate import device_budget_bytes, host_budget_bytes
+from stowplan.offload.capture.instruments import RealInstruments
+from stowplan.offload.capture.optimizers import optimizer_cost
 from stowplan.planner.schedule import StageCosts, Timeline
 from stowplan.planner.schedule.joint import Choice, Trial, choose
 from stowplan.reports.pipeline import PipelineReport
@@ -110,6 +114,7 @@ def plan_pipeline(
     *,
     budget: Size = "auto",
     host_budget: Size = "auto",
+    optimizer: torch.optim.Optimizer | None = None,
     solver: str = "HiGHS",
     time_limit_seconds: float = 5.0,
     exact: bool = True,
@@ -125,6 +130,7 @@ def plan_pipeline(
         budget: device bytes of this process; the least of all devices counts. ``"auto"``: what is free, less 1 GiB.
         host_budget: host bytes of this process for swapped values. ``"auto"``: its share of four fifths of what is
             available, if all devices of the pipeline are on this machine.
+        optimizer: of this process; its states count, what its step takes beside does not (activations are gone).
         solver, time_limit_seconds, exact, tolerance: as in ``stowplan.plan``, for each stage.
         on_progress: called with a line of text as the work goes on.
 
@@ -151,6 +157,9 @@ def plan_pipeline(
         ]
     say("measuring each stage under each of its plans")
     costs = link.in_turns(lambda: {number: _priced(subjects[number], menu) for number, menu in menus.items()})
+    states = optimizer_cost(optimizer, RealInstruments(pipeline.device)).state_bytes
+    first = min(costs)  # the states lie beside any of this device's stages
+    costs[first] = [cost.with_static(states) for cost in costs[first]]
     every = {number: column for part in link.gathered(costs) for number, column in part.items()}
     columns = [every[number] for number in range(pipeline.schedule.num_stages)]
     say("looking for schedules")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
@@ -21,9 +21,14 @@ from stowplan.session.heads import replan_head
 from stowplan.session.making import RESERVED, Batch, LossFunction, Options, Size, budgets_here, device_of, make_plan
 from stowplan.session.solving import Solver
 
+if TYPE_CHECKING:
+    from stowplan.runtime.pipeline.pipeline import Pipeline
+    from stowplan.session.pipelines import PipelinePlan
+
 __all__ = ["plan", "replan"]
 
 
+@overload
 def plan(
     model: torch.nn.Module,
     batch: Any,
@@ -44,7 +49,46 @@ def plan(
     tolerance: float | None = None,
     allocations: bool = False,
     on_progress: Callable[[str], None] | None = None,
-) -> Plan:
+) -> Plan: ...
+
+
+@overload
+def plan(
+    model: Pipeline,
+    batch: Any = None,
+    *,
+    budget: Size = "auto",
+    host_budget: Size = "auto",
+    optimizer: torch.optim.Optimizer | None = None,
+    solver: str = "HiGHS",
+    time_limit_seconds: float = 5.0,
+    exact: bool = True,
+    tolerance: float | None = None,
+    on_progress: Callable[[str], None] | None = None,
+) -> PipelinePlan: ...
+
+
+def plan(
+    model: torch.nn.Module | Pipeline,
+    batch: Any = None,
+    *,
+    budget: Size = "auto",
+    host_budget: Size = "auto",
+    optimizer: torch.optim.Optimizer | None = None,
+    loss_fn: LossFunction | None = None,
+    hardware: Hardware | str | None = None,
+    blocks: Blocks = None,
+    solver: str = "HiGHS",
+    time_limit_seconds: float = 5.0,
+    hold_gradients: bool = False,
+    hold_output: bool = True,
+    chunked_head: bool | None = None,
+    dry: bool | None = None,
+    exact: bool = True,
+    tolerance: float | None = None,
+    allocations: bool = False,
+    on_progress: Callable[[str], None] | None = None,
+) -> Plan | PipelinePlan:
     """Decide what each block of ``model`` keeps, swaps and recomputes, for the least step time within the budgets.
 
     Runs one block of each kind and the model around it on ``batch``; parameters, gradients, optimizer states, buffers
@@ -52,6 +96,8 @@ def plan(
     Of a model in ``DistributedDataParallel`` the inner one is planned, and the reducer's buckets are counted. Where
     ``fully_shard`` was called, every process must plan at the same time: parameters are gathered meanwhile.
     A dry capture does not run the model: it adds up bytes and seconds of fake tensors (docs/dry_capture.md).
+    Of a ``Pipeline`` the schedule and all stages' plans are chosen together (docs/pipeline.md), with the arguments of
+    its own signature; the answer is a ``PipelinePlan``.
 
     Args:
         batch: what the model is called with: a dict (keyword arguments), a tuple or list (positional), or one tensor.
@@ -85,6 +131,27 @@ def plan(
         InvalidArgument: a size, batch, hardware or solver that cannot be used.
         UnsupportedModel: the model cannot be captured as it is; says what to change.
     """
+    if not isinstance(model, torch.nn.Module):
+        from stowplan.session.pipelines import plan_pipeline
+
+        others = (loss_fn, hardware, blocks, hold_gradients, not hold_output, chunked_head, dry, allocations)
+        if any(others):
+            raise InvalidArgument(
+                "a pipeline is planned as it is built and where it is: allowed beside the batch are budget=, "
+                "host_budget=, optimizer=, solver=, time_limit_seconds=, exact=, tolerance= and on_progress=."
+            )
+        return plan_pipeline(
+            model,
+            batch,
+            budget=budget,
+            host_budget=host_budget,
+            optimizer=optimizer,
+            solver=solver,
+            time_limit_seconds=time_limit_seconds,
+            exact=exact,
+            tolerance=tolerance,
+            on_progress=on_progress,
+        )
     say = on_progress if on_progress is not None else lambda message: None
     device = device_of(model)
     machine = preset(hardware) if isinstance(hardware, str) else hardware

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from stowplan.core.errors import InvalidArgument
 
@@ -57,6 +57,10 @@ class StageCosts:
     def work_seconds(self) -> float:
         """One microbatch, all actions."""
         return sum(self.seconds)
+
+    def with_static(self, num_bytes: int) -> StageCosts:
+        """The same stage with so many bytes more that are there all the time."""
+        return replace(self, static_bytes=self.static_bytes + num_bytes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -154,7 +154,8 @@ class _Job:
                 steps=self.steps,
                 time_limit_seconds=time_limit_seconds,
             )
-            return Choice(levels, found.timeline, found.origin, ())
+            origin = "search" if found.origin == "start" else found.origin  # another level's
+            return Choice(levels, found.timeline, origin, ())
         known = _known(self.stage_devices, self.num_microbatches)
         timelines = [(simulate(schedule, costs), name) for name, schedule in known]
         fitting = [(timeline, name) for timeline, name in timelines if max(timeline.peaks_bytes) <= self.limit_bytes]

@@ -11,6 +11,8 @@ import torch.distributed as dist
 
 from stowplan.core.errors import InvalidArgument
 from stowplan.core.schedule import Kind, Schedule
+from stowplan.offload.capture.instruments import RealInstruments
+from stowplan.offload.capture.optimizers import optimizer_cost, state_bytes
 from stowplan.offload.parallel import is_sharded
 from stowplan.offload.storages import storage_bytes
 from stowplan.planner.schedule import Costs, Timeline, check, generate, simulate
@@ -242,10 +244,15 @@ class Pipeline:
             for number, stage in self.stages.items()
         }
 
-    def probe(self, batch: Any = None) -> Costs:
-        """Measure what each stage costs, with one microbatch of ``batch``; all devices at once, the same on all."""
+    def probe(self, batch: Any = None, *, optimizer: torch.optim.Optimizer | None = None) -> Costs:
+        """Measure what each stage costs, with one microbatch of ``batch``; all devices at once, the same on all.
+
+        What ``optimizer`` has, or will have, in states counts for the first stage of its process.
+        """
         subjects = self.subjects(batch)
         mine = self.link.in_turns(lambda: {number: probe(subject) for number, subject in subjects.items()})
+        first = min(mine)
+        mine[first] = mine[first].with_static(optimizer_cost(optimizer, RealInstruments(self.device)).state_bytes)
         every = {stage: cost for part in self.link.gathered(mine) for stage, cost in part.items()}
         stages = tuple(every[stage] for stage in range(self.schedule.num_stages))
         return Costs(stages, communication_seconds(self.link, self._forms))
@@ -258,14 +265,14 @@ class Pipeline:
         """What a step takes, and what each device holds, at ``costs``."""
         return simulate(self.schedule, costs)
 
-    def measure(self, batch: Any = None) -> StepTrace:
+    def measure(self, batch: Any = None, *, optimizer: torch.optim.Optimizer | None = None) -> StepTrace:
         """Take one step of ``batch`` and watch it: times of all actions, live bytes of all devices.
 
-        Gradients add up as in ``step``. Not under another profiler.
+        Gradients add up as in ``step``. The states of ``optimizer`` are counted, too. Not under another profiler.
         """
         static = [*self.parameters(), *(b for stage in self.stages.values() for b in stage.buffers())]
         static += [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
-        recorder = Recorder(self.device, storage_bytes(static))
+        recorder = Recorder(self.device, storage_bytes(static) + (0 if optimizer is None else state_bytes(optimizer)))
         self._parts(batch)  # what is found out once is not part of a step
         dist.barrier(self.link.group)
         self._executor.watch = recorder.watch
