@@ -23,6 +23,12 @@ __all__ = ["RankFailed", "Ranks"]
 TIMEOUT = timedelta(seconds=120)
 _START = timedelta(seconds=120)  # torch and transformers are imported
 _GRACE = timedelta(seconds=3)  # for the others, once a rank has failed
+_PRELOADED = [
+    "tests.models",
+    "transformers.models.gpt2.modeling_gpt2",
+    "transformers.models.llama.modeling_llama",
+    "stowplan.runtime.pipeline.pipeline",
+]
 
 
 class RankFailed(AssertionError):
@@ -74,7 +80,7 @@ class Ranks:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tests.models"])
+        context.set_forkserver_preload(_PRELOADED)
         store = Path(tempfile.mkdtemp(prefix="stowplan-ranks-")) / "store"
         for rank in range(self.size):
             ours, theirs = context.Pipe()
