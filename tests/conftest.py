@@ -25,3 +25,19 @@ def ranks() -> Iterator[Ranks]:
     group = Ranks(2)
     yield group
     group.stop()
+
+
+@pytest.fixture(scope="module")
+def ranks4() -> Iterator[Ranks]:
+    """Four ranks, started at the first use in a module."""
+    group = Ranks(4)
+    yield group
+    group.stop()
+
+
+@pytest.fixture(scope="module")
+def ranks8() -> Iterator[Ranks]:
+    """Eight ranks, started at the first use in a module."""
+    group = Ranks(8)
+    yield group
+    group.stop()

@@ -1,7 +1,8 @@
 """Real processes for tests: a group of ranks over gloo that are started once and run one function after another.
 
 A failure on any rank is raised here with that rank's traceback; ranks that are silent for two minutes are ended, and
-others are started for the next test. Machines may be busy: starting has a limit of its own.
+others are started for the next test. Machines may be busy: starting has a limit of its own. All ranks are forks of one
+process that has imported torch and transformers once, and run no thread of it.
 """
 
 from __future__ import annotations
@@ -20,8 +21,14 @@ from typing import Any
 __all__ = ["RankFailed", "Ranks"]
 
 TIMEOUT = timedelta(seconds=120)
-_START = timedelta(seconds=120)  # processes import torch and transformers
+_START = timedelta(seconds=120)  # torch and transformers are imported
 _GRACE = timedelta(seconds=3)  # for the others, once a rank has failed
+_PRELOADED = [
+    "tests.models",
+    "transformers.models.gpt2.modeling_gpt2",
+    "transformers.models.llama.modeling_llama",
+    "stowplan.runtime.pipeline.pipeline",
+]
 
 
 class RankFailed(AssertionError):
@@ -72,7 +79,8 @@ class Ranks:
         return [answers[rank][1] for rank in range(self.size)]
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(_PRELOADED)
         store = Path(tempfile.mkdtemp(prefix="stowplan-ranks-")) / "store"
         for rank in range(self.size):
             ours, theirs = context.Pipe()
@@ -98,8 +106,6 @@ def _serve(rank: int, size: int, store: str, end: Connection) -> None:
     """What a rank does: call what comes in, until the other end is closed."""
     import torch
     import torch.distributed as dist
-
-    import tests.models  # noqa: F401 - it takes a while
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=TIMEOUT)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -148,13 +148,17 @@ def _own_gradients(parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
             parameter.grad = gradient
 
 
-def communication_seconds(link: Link, forms: list[Form | None]) -> float:
-    """Seconds of the largest tensor between stages from the first device to the second, and of its way back, halved."""
-    largest = max(
-        (form for form in forms if form is not None), key=lambda form: _random(form, torch.device("meta")).nbytes
-    )
+def communication_seconds(link: Link, forms: Sequence[Form | None]) -> float:
+    """Seconds of the largest tensor between stages from the first device to the second, and of its way back, halved.
+
+    0 where there is one stage, or one device.
+    """
+    known = [form for form in forms if form is not None]
+    if link.size == 1 or not known:
+        return 0.0
     times = []
-    if link.size > 1 and link.rank < 2:
+    if link.rank < 2:
+        largest = max(known, key=lambda form: _random(form, torch.device("meta")).nbytes)
         tensor = largest.empty(link.device).zero_()
         for _ in range(_NUM_TIMED):
             start = _now(link.device)

@@ -147,7 +147,7 @@ class Transfers:
 
     def post(self, position: int) -> None:
         """Make room for what is due before the action at ``position``, and let go of what has been sent."""
-        self._going = [sent for sent in self._going if not sent.is_over()]
+        self._let_go()
         while self._next < len(self._due) and self._due[self._next][0] <= position:
             _, source, key = self._due[self._next]
             form = self._forms[key.stage + key.gradient]
@@ -162,6 +162,7 @@ class Transfers:
             return self._here.pop(key)
         buffer, work = self._coming.pop(key)
         work.wait()
+        self._let_go()  # what was sent may have arrived meanwhile
         return buffer
 
     def give(self, tensor: torch.Tensor, key: Key) -> None:
@@ -178,6 +179,9 @@ class Transfers:
             self._going.append(_Sent(tensor, self._waiters[target].wait(work)))
         else:
             self._going.append(_Sent(tensor, work))
+
+    def _let_go(self) -> None:
+        self._going = [sent for sent in self._going if not sent.is_over()]
 
     def finish(self) -> None:
         """Wait until all that was given has been sent."""
