@@ -76,6 +76,11 @@ class Schedule:
     def num_stages(self) -> int:
         return len(self.stage_devices)
 
+    @property
+    def splits_backward(self) -> bool:
+        """Whether weight gradients have actions of their own, so that stages must put them off."""
+        return any(action.kind is Kind.WEIGHT_GRADIENT for order in self.orders for action in order)
+
     def stages_of(self, device: int) -> tuple[int, ...]:
         """The stages that ``device`` holds, in the order of the model."""
         return tuple(stage for stage, holder in enumerate(self.stage_devices) if holder == device)
@@ -99,6 +104,18 @@ class Schedule:
             missing = next(stage for stage in range(len(places)) if stage not in places)
             raise InvalidSchedule(f"stage {missing} has no action, but stage {max(places)} has: give every stage some")
         return cls(made, tuple(places[stage] for stage in range(len(places))), num_microbatches)
+
+    def joined(self) -> Schedule:
+        """The same with every I turned into a B, and without W."""
+        orders = [
+            [
+                Action(stage, Kind.BACKWARD if kind is Kind.INPUT_GRADIENT else kind, microbatch)
+                for stage, kind, microbatch in order
+                if kind is not Kind.WEIGHT_GRADIENT
+            ]
+            for order in self.orders
+        ]
+        return Schedule(tuple(map(tuple, orders)), self.stage_devices, self.num_microbatches)
 
     def to_text(self) -> str:
         """A grid: a line for each device, columns aligned by position (not by time)."""

@@ -26,6 +26,7 @@ from stowplan.offload.capture.instruments import RealInstruments
 from stowplan.offload.capture.optimizers import optimizer_cost
 from stowplan.planner.schedule import StageCosts, Timeline
 from stowplan.planner.schedule.joint import Choice, Trial, choose
+from stowplan.reports.lines import wrap
 from stowplan.reports.pipeline import PipelineReport
 from stowplan.runtime.pipeline.pipeline import Pipeline
 from stowplan.runtime.pipeline.reporting import report_of
@@ -41,6 +42,7 @@ Item = TypeVar("Item")
 
 _SHARES = (0.5, 0.2, 0.0)  # of what keeping everything takes above the least; menus begin with all of it
 _ENOUGH = 1 << 60
+_WIDTH = 100
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +88,7 @@ class PipelinePlan:
         lines += ["", "tried, by the level of the first and of the second half of the model (0: all kept):"]
         for trial in self.trials:
             lines.append(f"  {trial.levels[0]} {trial.levels[1]}: {self._told(trial)}")
-        lines += ["", self._why(), ""]
+        lines += ["", *wrap(self._why(), _WIDTH), ""]
         return self.report.render() + "\n" + "\n".join(lines)
 
     def _told(self, trial: Trial) -> str:
@@ -172,6 +174,7 @@ def plan_pipeline(
                 pipeline.schedule.stage_devices,
                 pipeline.num_microbatches,
                 limit_bytes,
+                splits_backward=pipeline.schedule.splits_backward,
                 communication_seconds=seconds,
             )
         except InfeasibleSchedule as error:

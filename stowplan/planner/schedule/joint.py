@@ -71,6 +71,7 @@ def choose(
     num_microbatches: int,
     limit_bytes: int,
     *,
+    splits_backward: bool = True,
     communication_seconds: float = 0.0,
     steps: int = _STEPS,
     time_limit_seconds: float = 30.0,
@@ -78,7 +79,8 @@ def choose(
     """The fastest schedule and levels found for stages that are placed on ``stage_devices``.
 
     ``limit_bytes``: of each device, for all that ``StageCosts`` counts. In a V schedules are searched for; in other
-    placements the named ones compete.
+    placements the named ones compete, those that put weight gradients off as the menus were measured with
+    (``splits_backward``).
 
     Raises InfeasibleSchedule, which names the least limit that something was found for.
     """
@@ -87,7 +89,7 @@ def choose(
     trials: list[Trial] = []
     num_devices = max(stage_devices) + 1
     in_v = stage_devices == v_placement(num_devices)
-    job = _Job(stage_devices, num_microbatches, limit_bytes, steps)
+    job = _Job(stage_devices, num_microbatches, limit_bytes, steps, splits_backward)
     halves = list(_halves(menus, stage_devices, communication_seconds))
     for number, (pair, levels, costs) in enumerate(halves):
         bound = step_bound_seconds(costs, num_devices, num_microbatches) if in_v else 0.0
@@ -137,6 +139,7 @@ class _Job:
     num_microbatches: int
     limit_bytes: int
     steps: int
+    splits_backward: bool
 
     def scheduled(
         self, costs: Costs, levels: tuple[int, ...], time_limit_seconds: float, starts: Sequence[Schedule]
@@ -156,20 +159,19 @@ class _Job:
             )
             origin = "search" if found.origin == "start" else found.origin  # another level's
             return Choice(levels, found.timeline, origin, ())
-        known = _known(self.stage_devices, self.num_microbatches)
-        timelines = [(simulate(schedule, costs), name) for name, schedule in known]
+        timelines = [(simulate(schedule, costs), name) for name, schedule in self._known()]
         fitting = [(timeline, name) for timeline, name in timelines if max(timeline.peaks_bytes) <= self.limit_bytes]
         if not fitting:
             raise InfeasibleSchedule(self.limit_bytes, min(max(timeline.peaks_bytes) for timeline, _ in timelines))
         timeline, name = min(fitting, key=lambda item: item[0].step_seconds)
         return Choice(levels, timeline, name, ())
 
-
-def _known(stage_devices: tuple[int, ...], num_microbatches: int) -> Iterator[tuple[str, Schedule]]:
-    for name, schedule in named(max(stage_devices) + 1, num_microbatches):
-        if schedule.stage_devices == stage_devices:
-            yield name, schedule
-    yield "one at a time", one_at_a_time(stage_devices, num_microbatches)
+    def _known(self) -> Iterator[tuple[str, Schedule]]:
+        for name, schedule in named(max(self.stage_devices) + 1, self.num_microbatches):
+            if schedule.stage_devices == self.stage_devices and schedule.splits_backward == self.splits_backward:
+                yield name, schedule
+        alone = one_at_a_time(self.stage_devices, self.num_microbatches)
+        yield "one at a time", alone if self.splits_backward else alone.joined()
 
 
 def _improved(choice: Choice, menus: Sequence[Sequence[StageCosts]], limit_bytes: int) -> Choice:

@@ -288,6 +288,8 @@ class Pipeline:
     def use(self, schedule: Schedule) -> None:
         """Take ``schedule`` from the next step on: of the same placement. All devices at once.
 
+        What was probed before holds if both schedules put weight gradients off, or both do not.
+
         Raises InvalidSchedule if it cannot be run, InvalidArgument for another placement.
         """
         check(schedule)
@@ -297,10 +299,9 @@ class Pipeline:
                 f"{self.schedule.stage_devices}: build it with this schedule."
             )
         self.schedule = schedule
-        splits = any(action.kind is Kind.WEIGHT_GRADIENT for order in schedule.orders for action in order)
         for number, deferred in self._deferred.items():
             deferred.remove()
-            if splits:
+            if schedule.splits_backward:
                 deferred.install(self.stages[number])
         self._executor = self._new_executor(schedule)
         self._evaluator = None

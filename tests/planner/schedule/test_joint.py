@@ -79,12 +79,13 @@ def test_stages_with_one_way_only_keep_it() -> None:
 @pytest.mark.parametrize(("name", "placement"), [("1f1b", loop_placement(P)), ("interleaved", loop_placement(P, 2))])
 def test_other_placements_choose_among_schedules_with_a_name(name: str, placement: tuple[int, ...]) -> None:
     menus = [menu()] * len(placement)
-    roomy = choose(menus, placement, M, 10**6)
+    roomy = choose(menus, placement, M, 10**6, splits_backward=False)
     assert roomy.schedule.stage_devices == placement
     named = simulate(generate(name, P, M), Costs((menu()[0],) * len(placement)))
     assert roomy.timeline.step_seconds <= named.step_seconds
     tight = max(named.peaks_bytes) - 150
-    choice = choose(menus, placement, M, tight)
+    choice = choose(menus, placement, M, tight, splits_backward=False)
+    assert not choice.schedule.splits_backward
     assert max(choice.timeline.peaks_bytes) <= tight
 
 

@@ -93,7 +93,9 @@ def differing(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], re
     found = []
     for name, tensor in ours.items():
         other = theirs[name]
-        if (relative == 0 and not torch.equal(tensor, other)) or (relative and (tensor - other).abs().max() > relative * other.abs().max()):
+        if relative == 0 and not torch.equal(tensor, other):
+            found.append(name)
+        elif relative and (tensor - other).abs().max() > relative * other.abs().max():
             found.append(name)
     return found
 
