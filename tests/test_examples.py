@@ -31,3 +31,17 @@ def test_train_llama_gives_the_same_losses_every_way() -> None:
     hits = re.search(r"hits=(\d+)", changed)
     assert hits is not None
     assert int(hits[1]) > 0
+
+
+def test_pipeline_llama_gives_the_same_losses_by_every_schedule(tmp_path: Path) -> None:
+    losses = re.compile(r"step \d+: loss .*")
+    few = ("--devices", "2", "--microbatches", "4", "--steps", "2")
+    plain = run("pipeline_llama.py", *few, "--schedule", "1f1b")
+    assert len(losses.findall(plain)) == 2
+    picture = tmp_path / "step.html"
+    changed = run("pipeline_llama.py", *few, "--schedule", "v-half", "--picture", str(picture))
+    assert losses.findall(changed) == losses.findall(plain)
+    differences = re.findall(r"device \d+ .* predicted .*: ([-+][\d.]+)%", changed)
+    assert len(differences) == 2
+    assert max(abs(float(difference)) for difference in differences) <= 2
+    assert "<svg" in picture.read_text(encoding="utf-8")
