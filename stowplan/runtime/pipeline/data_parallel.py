@@ -11,7 +11,7 @@ schedule says when the last one is there. ``reduction_of`` gives what a stage ne
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -46,16 +46,17 @@ class Reduction(Protocol):
         """Wait for what was begun. Afterwards ``.grad`` is the mean over the processes."""
 
 
-def reduction_of(stage: nn.Module, group: dist.ProcessGroup | None) -> Reduction:
+def reduction_of(stage: nn.Module, group: dist.ProcessGroup | None, but: Collection[nn.Parameter] = ()) -> Reduction:
     """How the gradients of ``stage`` are reduced: by FSDP2 where ``fully_shard`` was called, else over ``group``.
 
-    ``group`` has the processes with the same stage; None is all of them. Raises UnsupportedModel for stages that are
-    wrapped, or sharded in part.
+    ``group`` has the processes with the same stage; None is all of them. Whole parameters in ``but`` are somebody
+    else's business: other stages have them, too. Raises UnsupportedModel for stages that are wrapped, or sharded in
+    part.
     """
     refuse_wrappers(stage)
     if any(isinstance(module, FSDPModule) for module in stage.modules()):
         return ShardedStage(stage)
-    return AllReduce(stage, group)
+    return AllReduce(stage, group, but)
 
 
 def refuse_wrappers(stage: nn.Module) -> None:
@@ -78,10 +79,14 @@ class AllReduce:
     Args:
         stage: its trained parameters must be plain tensors, their gradients dense.
         group: the processes with the same stage; None is all of them.
+        but: parameters that are left alone.
     """
 
-    def __init__(self, stage: nn.Module, group: dist.ProcessGroup | None = None) -> None:
-        self._parameters = [p for p in stage.parameters() if p.requires_grad]
+    def __init__(
+        self, stage: nn.Module, group: dist.ProcessGroup | None = None, but: Collection[nn.Parameter] = ()
+    ) -> None:
+        left_out = set(map(id, but))
+        self._parameters = [p for p in stage.parameters() if p.requires_grad and id(p) not in left_out]
         self._group = group
         self._sync = True
         self._works: list[Any] = []

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from stowplan.core.errors import InvalidArgument
+from stowplan.core.errors import InvalidArgument, UnsupportedModel
 from stowplan.core.schedule import Kind, Schedule
 from stowplan.offload.capture.instruments import RealInstruments
 from stowplan.offload.capture.optimizers import optimizer_cost, state_bytes
@@ -96,12 +96,13 @@ class Pipeline:
                 prepare(stage)
         self.link = Link(group, _device_of(self.stages.values()))
         self._deferred = {number: WeightGradients() for number in self.stages}
+        holders, shared = self._shared()
         self._reductions: dict[int, Reduction] = {}
         for number, stage in self.stages.items():
             refuse_wrappers(stage)
             if data_parallel is not None or any(map(is_sharded, stage.modules())):
-                self._reductions[number] = reduction_of(stage, data_parallel)
-        self._tied = TiedGradients(self.link, *self._shared())
+                self._reductions[number] = reduction_of(stage, data_parallel, shared.values())
+        self._tied = TiedGradients(self.link, holders, shared, data_parallel)
         self._forms: list[Form | None] = []
         self._signature: Any = None
         self._everybody_has_batches = False
@@ -210,7 +211,7 @@ class Pipeline:
             losses = self._executor.step(self._forms, parts, loss_gradient, self._on_weights)
             for reduction in self._reductions.values():
                 reduction.finish()
-            self._tied.finish()
+            self._tied.finish(sync)
         return torch.stack(losses).mean() if losses else None
 
     def evaluate(self, batch: Any = None) -> torch.Tensor | None:
@@ -317,16 +318,25 @@ class Pipeline:
                 self._reductions[stage].reduce()
 
     def _shared(self) -> tuple[dict[str, list[int]], dict[str, torch.nn.Parameter]]:
-        """(devices of each parameter that several devices hold, those of them that are here)."""
+        """(devices of each parameter that several stages hold, those of them that are here). All devices at once."""
         devices: dict[str, list[int]] = {}
         own: dict[str, torch.nn.Parameter] = {}
+        apart = None
         for name, stages in next(iter(self.stages.values())).tied.items():
-            places = sorted({self.schedule.stage_devices[stage] for stage in stages})
-            if len(places) > 1:
-                devices[name] = places
-                here = [number for number in self.stages if number in stages]
-                if here:
-                    own[name] = self.stages[here[0]].get_parameter(stages[here[0]])
+            devices[name] = sorted({self.schedule.stage_devices[stage] for stage in stages})
+            here = [stage.get_parameter(stages[number]) for number, stage in self.stages.items() if number in stages]
+            if here:
+                own[name] = here[0]
+            if any(parameter is not here[0] for parameter in here):
+                apart = name
+        told: list[str | None] = [None] * self.size
+        dist.all_gather_object(told, apart, group=self.link.group)
+        for name in filter(None, told):  # raised everywhere: nobody waits for the others
+            raise UnsupportedModel(
+                f"{name} is shared by stages of one device, and prepare() has made it a parameter of its own in each: "
+                f"call stages.tie() after to_empty(); with fully_shard take a schedule in a loop (1f1b, zb-h1), or a "
+                f"model that is not tied."
+            )
         return devices, own
 
     def _parts(self, batch: Any) -> list[Any]:
@@ -337,7 +347,7 @@ class Pipeline:
                 f"pipeline anew."
             )
         parts = [None] * self.num_microbatches if batch is None else microbatches(batch, self.num_microbatches)
-        signature = None if batch is None else (_signature(parts[0]), torch.is_autocast_enabled(self.device.type))
+        signature = None if batch is None else (_signature(parts[0]), _autocast(self.device.type))
         if not self._forms:
             self._everybody_has_batches = all(self.link.gathered(batch is not None))
         elif batch is None or signature == self._signature:
@@ -381,6 +391,10 @@ def _forwards(schedule: Schedule) -> Schedule:
 
 def _device_of(stages: Iterable[Stage]) -> torch.device:
     return next(parameter.device for stage in stages for parameter in stage.parameters())
+
+
+def _autocast(device_type: str) -> torch.dtype | None:
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
 
 
 def _signature(part: Any) -> Any:

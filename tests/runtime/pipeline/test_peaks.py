@@ -46,7 +46,7 @@ def cases() -> Iterator[Any]:
                 yield pytest.param(size, name, amp, marks=marks, id=f"{size}-{name}-{'bf16' if amp else 'fp32'}")
 
 
-@pytest.mark.parametrize(("size", "name", "amp"), cases())
+@pytest.mark.parametrize(("size", "name", "amp"), list(cases()))
 def test_peaks(request: pytest.FixtureRequest, size: int, name: str, amp: bool) -> None:
     ranks: Ranks = request.getfixturevalue({2: "ranks", 4: "ranks4", 8: "ranks8"}[size])
     case = Case(num_layers=16, num_microbatches=2 * size, amp=amp, rows=2, sequence=64, hidden=32)
