@@ -102,7 +102,9 @@ class PipelinePlan:
         kept = next((trial for trial in self.trials if trial.levels == (0, 0)), None)
         if not any(self.levels):
             return "Everything is kept: nothing that holds less is faster within the budget."
-        if kept is None or not kept.origin:
+        if kept is None:
+            return "Keeping everything is not faster even where there is room for any schedule, as it was measured."
+        if not kept.origin:
             return "Not everything can be kept within the budget, whatever the schedule."
         return (
             f"Keeping everything fits, but with so few microbatches in flight that a step takes "
@@ -222,15 +224,16 @@ def _on_all(link: Link, work: Callable[[], Item]) -> Item:
 def _plans(subject: Subject, host_bytes: int, options: dict[str, Any]) -> list[Plan]:
     """Plans of one stage, each of which holds less than the one before."""
     hidden = subject.hidden()
-    roomy = plan(
-        subject.stage,
-        (hidden if hidden is None else hidden.requires_grad_(), subject.inputs),
-        budget=_ENOUGH,
-        host_budget=host_bytes,
-        blocks=subject.stage.layers,
-        loss_fn=lambda output, _: output if output.ndim == 0 else output.sum(),
-        **options,
-    )
+    with subject.deferred.at_once():
+        roomy = plan(
+            subject.stage,
+            (hidden if hidden is None else hidden.requires_grad_(), subject.inputs),
+            budget=_ENOUGH,
+            host_budget=host_bytes,
+            blocks=subject.stage.layers,
+            loss_fn=lambda output, _: output if output.ndim == 0 else output.sum(),
+            **options,
+        )
     least, most = roomy.least_budget_bytes, roomy.unplanned.peak_bytes
     made: list[Plan] = []
     for share in _SHARES:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,6 +50,7 @@ class WeightGradients:
         self._hook: Any = None
         self._forwards = _Count()
         self._uses: list[_Use] = []
+        self._at_once = False
 
     @property
     def num_deferred(self) -> int:
@@ -84,9 +86,24 @@ class WeightGradients:
         """Forget what a failed backward queued, or one that was to make no gradients of weights."""
         self._uses = []
 
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """While this is open, gradients of weights are computed in backward, and ``collect`` gives nothing.
+
+        For trials, not for training: what one backward has for a weight that is used twice is added one by one.
+        """
+        self._at_once = True
+        try:
+            yield
+        finally:
+            self._at_once = False
+
     def queue(self, use: _Use) -> None:
         """Called by the backward of a layer; on a GPU that is in a thread of autograd's."""
-        self._uses.append(use)
+        if self._at_once:
+            PendingGradients([use]).run()
+        else:
+            self._uses.append(use)
 
     def _intercept(self, layer: Any) -> Interception:
         by_rows = type(layer) is nn.Linear

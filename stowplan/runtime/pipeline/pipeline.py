@@ -240,7 +240,13 @@ class Pipeline:
         forms = [*self._forms, None]
         return {
             number: Subject(
-                stage, self._deferred[number].collect, parts[0], forms[number], forms[number + 1], self.device
+                stage,
+                self._deferred[number],
+                parts[0],
+                forms[number],
+                forms[number + 1],
+                self.device,
+                self._reductions.get(number),
             )
             for number, stage in self.stages.items()
         }

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -17,7 +17,9 @@ import torch
 from stowplan.offload.memory_log import memory_log, synchronize
 from stowplan.offload.storages import storage_bytes
 from stowplan.planner.schedule import StageCosts
-from stowplan.runtime.pipeline.executor import InFlight, Weights
+from stowplan.runtime.pipeline.data_parallel import Reduction
+from stowplan.runtime.pipeline.deferred import WeightGradients
+from stowplan.runtime.pipeline.executor import InFlight
 from stowplan.runtime.pipeline.forms import undisturbed
 from stowplan.runtime.pipeline.stage import Stage
 from stowplan.runtime.pipeline.transfers import Form, Link
@@ -30,19 +32,21 @@ _LEAST_SECONDS = 1e-9
 
 
 class Subject:
-    """A stage to be probed: what goes in, and what comes out."""
+    """A stage to be probed: what goes in, what comes out, and what is done with its gradients."""
 
     def __init__(
         self,
         stage: Stage,
-        collect: Callable[[], Weights],
+        deferred: WeightGradients,
         inputs: Any,
         form: Form | None,
         output_form: Form | None,
         device: torch.device,
+        reduction: Reduction | None = None,
     ) -> None:
         self.stage, self.inputs, self.form, self.output_form, self.device = stage, inputs, form, output_form, device
-        self._collect = collect
+        self.reduction = reduction
+        self.deferred = deferred
 
     def hidden(self) -> torch.Tensor | None:
         return None if self.form is None else _random(self.form, self.device)
@@ -51,18 +55,28 @@ class Subject:
         return torch.ones_like(output) if self.output_form is None else _random(self.output_form, self.device)
 
     def in_flight(self) -> InFlight:
-        return InFlight(self.stage, self._collect)
+        return InFlight(self.stage, self.deferred.collect)
 
 
 def probe(subject: Subject) -> StageCosts:
-    """Seconds and bytes of F, I and W of one stage; parameters, gradients and generators are afterwards as before."""
-    with undisturbed(subject.stage, subject.device), _own_gradients(subject.stage.parameters()):
+    """Seconds and bytes of F, I and W of one stage; parameters, gradients and generators are afterwards as before.
+
+    Of a stage that ``fully_shard`` was called on, shards, gathered parameters and the gradients of these count as there
+    all the time; all processes with the same stage probe at once.
+    """
+    shards = list(subject.stage.parameters())
+    with undisturbed(subject.stage, subject.device), _own_gradients(subject.stage.parameters()), _reduced(subject):
         for _ in range(_NUM_WARM):
             _run(subject)
         bytes_of = _measure_bytes(subject)
         columns = zip(*(_run(subject) for _ in range(_NUM_TIMED)), strict=True)
         forward, backward, weights = (max(statistics.median(column), _LEAST_SECONDS) for column in columns)
-        static = [*subject.stage.parameters(), *subject.stage.buffers(), *(p.grad for p in subject.stage.parameters())]
+        static = [
+            *shards,
+            *subject.stage.parameters(),
+            *subject.stage.buffers(),
+            *(p.grad for p in subject.stage.parameters()),
+        ]
         return replace(
             bytes_of,
             forward_seconds=forward,
@@ -133,6 +147,18 @@ def _random(form: Form, device: torch.device) -> torch.Tensor:
 def _now(device: torch.device) -> float:
     synchronize(device)
     return time.perf_counter()
+
+
+@contextmanager
+def _reduced(subject: Subject) -> Iterator[None]:
+    """As within a step; then gathered parameters and what was added up for them are given back."""
+    if subject.reduction is None:
+        yield
+        return
+    subject.reduction.prepare(sync=True)
+    yield
+    subject.reduction.reduce()
+    subject.reduction.finish()
 
 
 @contextmanager

@@ -358,6 +358,21 @@ def test_a_failed_backward_is_cleared() -> None:
     assert stage.weight.grad is None
 
 
+def test_at_once_nothing_is_put_off() -> None:
+    stage, deferred = nn.Linear(4, 3), WeightGradients()
+    x = torch.randn(2, 4)
+    stage(x).square().sum().backward()
+    expected = [parameter.grad for parameter in stage.parameters()]
+    stage.zero_grad()
+    deferred.install(stage)
+    with deferred.at_once():
+        stage(x).square().sum().backward()
+    assert deferred.collect().num_bytes == 0
+    assert all(torch.equal(p.grad, g) for p, g in zip(stage.parameters(), expected, strict=True))  # type: ignore[arg-type]
+    stage(x).square().sum().backward()
+    assert deferred.collect().num_bytes > 0
+
+
 def test_changes_in_place_are_noticed() -> None:
     stage, deferred = nn.Linear(4, 4), WeightGradients()
     deferred.install(stage)
