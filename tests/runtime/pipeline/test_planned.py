@@ -66,7 +66,7 @@ def planned(rank: int, path: str, share: float, schedule: str) -> dict[str, Any]
     }
 
 
-@pytest.mark.parametrize(("share", "schedule"), [(0.4, "v-half"), (0.6, "1f1b")])
+@pytest.mark.parametrize(("share", "schedule"), [(0.46, "v-half"), (0.6, "1f1b")])
 def test_planned_pipelines_hold_their_budget_and_compute_the_same(
     ranks: Ranks, tmp_path: Path, share: float, schedule: str
 ) -> None:
