@@ -46,9 +46,7 @@ class Reduction(Protocol):
         """Wait for what was begun. Afterwards ``.grad`` is the mean over the processes."""
 
 
-def reduction_of(
-    stage: nn.Module, group: dist.ProcessGroup | None, but: Collection[nn.Parameter] = ()
-) -> Reduction:
+def reduction_of(stage: nn.Module, group: dist.ProcessGroup | None, but: Collection[nn.Parameter] = ()) -> Reduction:
     """How the gradients of ``stage`` are reduced: by FSDP2 where ``fully_shard`` was called, else over ``group``.
 
     ``group`` has the processes with the same stage; None is all of them. Whole parameters in ``but`` are somebody

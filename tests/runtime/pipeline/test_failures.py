@@ -142,9 +142,7 @@ class Failing(torch.nn.Module):
 def failing(rank: int, where: str) -> str:
     """Rank 1 fails in its third microbatch; rank 0 would wait for it."""
     modules = [Failing() for _ in range(2)]
-    pipeline = Pipeline(
-        modules, num_microbatches=4, schedule="zb-h1", loss_fn=torch.nn.functional.mse_loss
-    )
+    pipeline = Pipeline(modules, num_microbatches=4, schedule="zb-h1", loss_fn=torch.nn.functional.mse_loss)
     batch = torch.ones(8, 4), torch.ones(8, 4)
     pipeline.step(batch)
     if rank == 0:

@@ -338,7 +338,9 @@ def two_by_two(rank: int, sharded: bool, is_tied: bool) -> None:
 
     for schedule in ("1f1b", "v-half"):
         if is_tied and schedule == "v-half" and sharded:
-            with pytest.raises(UnsupportedModel, match=r"model\.embed_tokens\.weight is shared by stages of one device"):
+            with pytest.raises(
+                UnsupportedModel, match=r"model\.embed_tokens\.weight is shared by stages of one device"
+            ):
                 of(case, schedule=schedule, group=mesh.get_group("pipeline"), prepare=shard)
             continue
         pipeline = of(
