@@ -1,4 +1,4 @@
-"""What runs in the processes of ``benchmarks.pipeline``: one step of ours, and one of torch's runtimes, of one model."""
+"""What runs in the processes of ``benchmarks.pipeline``: steps of ours, and of torch's runtimes, of one model."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def _placement(name: str, size: int) -> tuple[int, ...]:
 
 
 def _runtime(name: str, stages: list[PipelineStage], num_microbatches: int) -> Any:
-    """torch's runtime at its best: no gradients are scaled, no outputs kept."""
+    """Torch's runtime at its best: no gradients are scaled, no outputs kept."""
     kind = THEIRS[name][1]
 
     def loss_fn(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

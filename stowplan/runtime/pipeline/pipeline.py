@@ -350,8 +350,8 @@ class Pipeline:
                 f"a microbatch is {signature}, those before were {self._signature}, and devices that get no batches "
                 f"cannot know: pad batches to one shape, or give them to all devices."
             )
-        self._signature = signature
         self._forms = learn_forms(self.stages, self.schedule.stage_devices, parts[0], self._link)
+        self._signature = signature
         return parts
 
     @contextmanager

@@ -428,6 +428,20 @@ def test_a_sequence_of_modules(ranks: Ranks, schedule: str) -> None:
     ranks.run(sequence, schedule)
 
 
+def deferring(rank: int) -> None:
+    """Only schedules with W put weight gradients off: all linear layers, but a head that is tied."""
+    pipeline = of(schedule="1f1b")
+    assert [deferred.num_deferred for deferred in pipeline._deferred.values()] == [0]
+    pipeline.use(generate("zb-h1", 2, CASE.num_microbatches))
+    assert [deferred.num_deferred for deferred in pipeline._deferred.values()] == [2 * 7 + rank]
+    pipeline.use(generate("1f1b", 2, CASE.num_microbatches))
+    assert [deferred.num_deferred for deferred in pipeline._deferred.values()] == [0]
+
+
+def test_weight_gradients_are_put_off(ranks: Ranks) -> None:
+    ranks.run(deferring)
+
+
 def changed_schedule(rank: int) -> None:
     pipeline, whole = of(schedule="v-min"), build(CASE)
     for step, name in enumerate(("v-min", "v-zb", "v-half")):
