@@ -18,7 +18,7 @@ import transformers
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining import schedules as theirs
 
-from stowplan.core.schedule import Schedule, loop_placement, v_placement
+from stowplan.core.schedule import Kind, loop_placement, v_placement
 from stowplan.offload.memory_log import memory_log
 from stowplan.offload.storages import storage_bytes
 from stowplan.planner.schedule import generate
@@ -252,7 +252,10 @@ _WIDTH = 4096
 
 def _sleeping_ours(name: str, link: Link, setting: Setting) -> Callable[[], object]:
     schedule = generate(name, link.size, setting.num_microbatches)
-    stages = _sleepers(schedule, link.rank, setting)
+    forward, backward, weights = setting.sleeps
+    if all(action.kind is not Kind.WEIGHT_GRADIENT for order in schedule.orders for action in order):
+        backward, weights = backward + weights, 0.0  # then nothing is put off, as in Pipeline
+    stages = _sleepers(schedule.stage_devices, (forward, backward, weights))
     collects = {number: (lambda stage=stage: stage) for number, stage in stages.items()}
     executor = Executor(schedule, Transfers(schedule, link), stages, collects)
     forms = [None, *[Form((1, _WIDTH), torch.float32)] * (schedule.num_stages - 1)]
@@ -260,17 +263,17 @@ def _sleeping_ours(name: str, link: Link, setting: Setting) -> Callable[[], obje
     return lambda: executor.step(forms, inputs, torch.ones(()))
 
 
-def _sleepers(schedule: Schedule, rank: int, setting: Setting) -> dict[int, _Sleeper]:
-    """As many seconds a device, however many stages it has."""
-    size = 2 * schedule.num_devices // schedule.num_stages
-    last = schedule.num_stages - 1
-    return {number: _Sleeper(setting.sleeps, size, number == last) for number in schedule.stages_of(rank)}
+def _sleepers(placement: Sequence[int], sleeps: Sequence[float]) -> dict[int, _Sleeper]:
+    """This process's stages: as many seconds a device, however many stages it has."""
+    size = 2 * dist.get_world_size() // len(placement)
+    last = len(placement) - 1
+    own = [stage for stage, device in enumerate(placement) if device == dist.get_rank()]
+    return {stage: _Sleeper(sleeps, size, stage == last) for stage in own}
 
 
 def _sleeping_torchs(name: str, setting: Setting) -> Callable[[], object]:
-    size = dist.get_world_size()
-    placement = _placement(name, size)
-    sleepers = _sleepers(Schedule(((),) * size, placement, setting.num_microbatches), dist.get_rank(), setting)
+    placement = _placement(name, dist.get_world_size())
+    sleepers = _sleepers(placement, setting.sleeps)
     stages = [
         PipelineStage(sleeper, number, len(placement), CPU, dw_builder=lambda sleeper=sleeper: sleeper.run)
         for number, sleeper in sleepers.items()
