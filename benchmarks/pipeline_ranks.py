@@ -264,7 +264,7 @@ def _sleeping_ours(name: str, link: Link, setting: Setting) -> Callable[[], obje
 
 
 def _sleepers(placement: Sequence[int], sleeps: Sequence[float]) -> dict[int, _Sleeper]:
-    """This process's stages: as many seconds a device, however many stages it has."""
+    """Stages of this process: as many seconds a device, however many stages it has."""
     size = 2 * dist.get_world_size() // len(placement)
     last = len(placement) - 1
     own = [stage for stage, device in enumerate(placement) if device == dist.get_rank()]
