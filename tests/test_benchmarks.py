@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from pathlib import Path
 
@@ -25,3 +26,17 @@ def test_a_benchmark_tells_its_options(
         program.main()
     assert exit_.value.code == 0
     assert "usage:" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_pipelines_in_their_quick_form(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program = importlib.import_module("benchmarks.pipeline")
+    monkeypatch.setattr(sys, "argv", ["pipeline", "--quick", "--output", str(tmp_path / "pipeline.json")])
+    program.main()
+    rows = json.loads((tmp_path / "pipeline.json").read_text())["rows"]
+    for what in ("peak", "makespan", "step"):
+        assert {row["contender"] for row in rows if row["what"] == what} == set(program.NAMES)
+    assert all(size > 0 for row in rows if row["what"] == "peak" for size in row["bytes"])
+    assert "÷ torch ZBV" in capsys.readouterr().out

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
-from stowplan.core.errors import UnsupportedModel
+from stowplan.core.errors import InvalidArgument, UnsupportedModel
 from stowplan.runtime.pipeline.transfers import Form, Link
 
 __all__ = ["learn_forms", "undisturbed"]
+
+_FAILED = "failed: "
 
 
 def learn_forms(
@@ -21,24 +23,39 @@ def learn_forms(
 
     ``inputs`` are those of one microbatch. Nothing changes: no gradients, no generator, no buffers.
 
-    Raises UnsupportedModel if a stage gives something else than one floating-point tensor.
+    Raises UnsupportedModel if a stage gives something else than one floating-point tensor; where a stage fails, its
+    device raises that error, and all others InvalidArgument that tells of it.
     """
     forms: list[Form | None] = [None]
     for stage in range(len(stage_devices) - 1):
         holder = stage_devices[stage]
         told: Form | str | None = None
+        failure: Exception | None = None
         if holder == link.rank:
-            form = forms[stage]
-            hidden = None if form is None else torch.zeros(form.size, dtype=form.dtype, device=link.device)
-            with undisturbed(stages[stage], link.device), torch.no_grad():
-                output = stages[stage](hidden, inputs)
-            told = _form_of(output, stage)
-            del output
+            try:
+                told = _output_form(stages[stage], stage, forms[stage], inputs, link)
+            except Exception as error:  # noqa: BLE001 - raised below: the others wait to hear of it
+                told, failure = f"{_FAILED}{type(error).__name__}: {error}", error
         told = link.told(told, holder)
+        if failure is not None:
+            failure.add_note(f"in stage {stage}, on device {holder} of the pipeline, as it was tried out")
+            raise failure
         if not isinstance(told, Form):
-            raise UnsupportedModel(str(told))
+            said = str(told)
+            if said.startswith(_FAILED):
+                raise InvalidArgument(
+                    f"stage {stage}, on device {holder} of the pipeline, fails with the first microbatch "
+                    f"({said.removeprefix(_FAILED)}): its traceback is on that device."
+                )
+            raise UnsupportedModel(said)
         forms.append(told)
     return forms
+
+
+def _output_form(stage: torch.nn.Module, number: int, form: Form | None, inputs: Any, link: Link) -> Form | str:
+    hidden = None if form is None else torch.zeros(form.size, dtype=form.dtype, device=link.device)
+    with undisturbed(stage, link.device), torch.no_grad():
+        return _form_of(stage(hidden, inputs), number)
 
 
 def _form_of(output: Any, stage: int) -> Form | str:

@@ -335,9 +335,7 @@ class Pipeline:
                 own[name] = here[0]
             if any(parameter is not here[0] for parameter in here):
                 apart = name
-        told: list[str | None] = [None] * self.size
-        dist.all_gather_object(told, apart, group=self.link.group)
-        for name in filter(None, told):  # raised everywhere: nobody waits for the others
+        for name in filter(None, self.link.gathered(apart)):  # raised everywhere: nobody waits for the others
             raise UnsupportedModel(
                 f"{name} is shared by stages of one device, and prepare() has made it a parameter of its own in each: "
                 f"call stages.tie() after to_empty(); with fully_shard take a schedule in a loop (1f1b, zb-h1), or a "
@@ -363,8 +361,8 @@ class Pipeline:
                 f"a microbatch is {signature}, those before were {self._signature}, and devices that get no batches "
                 f"cannot know: pad batches to one shape, or give them to all devices."
             )
-        self._signature = signature
         self._forms = learn_forms(self.stages, self.schedule.stage_devices, parts[0], self.link)
+        self._signature = signature
         return parts
 
     @contextmanager

@@ -89,13 +89,12 @@ def truth(case: Case, path: Path, prepare: Callable[[Any], object] = lambda mode
 
 
 def differing(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], relative: float = 0.0) -> list[str]:
-    """Names in ``ours`` whose tensors are further from ``theirs`` than ``relative`` of the largest element; 0: a bit."""
+    """Names in ``ours`` whose tensors are not ``theirs``: bit for bit, or up to ``relative`` of the largest element."""
     found = []
     for name, tensor in ours.items():
-        other = theirs[name]
-        if relative == 0 and not torch.equal(tensor, other):
-            found.append(name)
-        elif relative and (tensor - other).abs().max() > relative * other.abs().max():
+        truth = theirs[name]
+        near = relative and (tensor - truth).abs().max() <= relative * truth.abs().max()
+        if not (near or torch.equal(tensor, truth)):
             found.append(name)
     return found
 

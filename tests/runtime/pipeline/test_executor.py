@@ -7,21 +7,19 @@ import random
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from stowplan.core.schedule import Action, Kind, Schedule, loop_placement, v_placement
 from stowplan.planner.schedule import check, generate
 from stowplan.planner.schedule.messages import channels
-from stowplan.runtime.pipeline import transfers
 from stowplan.runtime.pipeline.deferred import WeightGradients
 from stowplan.runtime.pipeline.executor import Executor
-from stowplan.runtime.pipeline.transfers import Form, Key, Link, Transfers
+from stowplan.runtime.pipeline.transfers import Form, Link, Transfers
 from tests.distributed import Ranks
 
 F, I, W, B = Kind.FORWARD, Kind.INPUT_GRADIENT, Kind.WEIGHT_GRADIENT, Kind.BACKWARD  # noqa: E741
@@ -226,7 +224,6 @@ def nothing_stays(rank: int, schedule: Schedule) -> None:
     try:
         with every_tensor_seen(seen):
             losses = running.step()
-        kept = [id(tensor.untyped_storage()._cdata) for tensor in losses]
         alive = [tensor for ref in seen if (tensor := ref()) is not None]
         gradients = {p.grad.data_ptr() for stage in running.stages.values() for p in stage.parameters()}
         losses_at = {loss.data_ptr() for loss in losses}
@@ -234,7 +231,6 @@ def nothing_stays(rank: int, schedule: Schedule) -> None:
     finally:
         gc.enable()
     assert len(seen) > 10 * schedule.num_microbatches
-    assert len(kept) == len(losses)
     assert left == []
 
 
@@ -261,7 +257,7 @@ def sends(rank: int, schedule: Schedule) -> int:
 
 
 def test_sends_are_let_go_on_the_way(ranks: Ranks) -> None:
-    """GPipe on two devices sends all outputs before any gradient comes back."""
+    """A device cannot be further ahead of the next one than the schedule lets it be."""
     schedule = generate("1f1b", 2, 64)
     assert max(ranks.run(sends, schedule)) < 16
 

@@ -113,6 +113,26 @@ def test_other_shapes_where_some_have_no_batches() -> None:
         three.stop()
 
 
+def bad_batches(rank: int) -> None:
+    """The first stage fails as it is tried out: both ranks hear of it, and go on with a better batch."""
+    pipeline = of(schedule="1f1b")
+    batch = batch_of(CASE)
+    for ids in (batch["input_ids"].float(), torch.full((4, 6), 10**6)):  # never, and of another shape
+        bad = {"input_ids": ids, "labels": ids}
+        if rank == 0:
+            with pytest.raises((RuntimeError, IndexError)) as caught:
+                pipeline.step(bad)
+            assert caught.value.__notes__ == ["in stage 0, on device 0 of the pipeline, as it was tried out"]
+        else:
+            with pytest.raises(InvalidArgument, match=r"stage 0, on device 0 of the pipeline, fails with the first"):
+                pipeline.step(bad)
+        pipeline.step(batch)
+
+
+def test_a_batch_that_fails_at_once(ranks: Ranks) -> None:
+    ranks.run(bad_batches)
+
+
 class Failing(torch.nn.Module):
     """Fails in the forward or the backward of one microbatch, if it is told to."""
 
@@ -142,9 +162,7 @@ class Failing(torch.nn.Module):
 def failing(rank: int, where: str) -> str:
     """Rank 1 fails in its third microbatch; rank 0 would wait for it."""
     modules = [Failing() for _ in range(2)]
-    pipeline = Pipeline(
-        modules, num_microbatches=4, schedule="zb-h1", loss_fn=torch.nn.functional.mse_loss
-    )
+    pipeline = Pipeline(modules, num_microbatches=4, schedule="zb-h1", loss_fn=torch.nn.functional.mse_loss)
     batch = torch.ones(8, 4), torch.ones(8, 4)
     pipeline.step(batch)
     if rank == 0:

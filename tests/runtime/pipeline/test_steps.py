@@ -338,7 +338,9 @@ def two_by_two(rank: int, sharded: bool, is_tied: bool) -> None:
 
     for schedule in ("1f1b", "v-half"):
         if is_tied and schedule == "v-half" and sharded:
-            with pytest.raises(UnsupportedModel, match=r"model\.embed_tokens\.weight is shared by stages of one device"):
+            with pytest.raises(
+                UnsupportedModel, match=r"model\.embed_tokens\.weight is shared by stages of one device"
+            ):
                 of(case, schedule=schedule, group=mesh.get_group("pipeline"), prepare=shard)
             continue
         pipeline = of(
@@ -424,6 +426,20 @@ def sequence(rank: int, schedule: str) -> None:
 @pytest.mark.parametrize("schedule", ["v-half", "gpipe"])
 def test_a_sequence_of_modules(ranks: Ranks, schedule: str) -> None:
     ranks.run(sequence, schedule)
+
+
+def deferring(rank: int) -> None:
+    """Only schedules with W put weight gradients off: all linear layers, but a head that is tied."""
+    pipeline = of(schedule="1f1b")
+    assert [deferred.num_deferred for deferred in pipeline._deferred.values()] == [0]
+    pipeline.use(generate("zb-h1", 2, CASE.num_microbatches))
+    assert [deferred.num_deferred for deferred in pipeline._deferred.values()] == [2 * 7 + rank]
+    pipeline.use(generate("1f1b", 2, CASE.num_microbatches))
+    assert [deferred.num_deferred for deferred in pipeline._deferred.values()] == [0]
+
+
+def test_weight_gradients_are_put_off(ranks: Ranks) -> None:
+    ranks.run(deferring)
 
 
 def changed_schedule(rank: int) -> None:

@@ -45,9 +45,7 @@ def data() -> tuple[torch.Tensor, torch.Tensor]:
 def by_torch(schedule: Schedule, rank: int, path: str) -> dict[str, torch.Tensor]:
     """Gradients of this rank's modules by their names in the sequence."""
     own = {number: modules(schedule.num_stages)[number] for number in schedule.stages_of(rank)}
-    stages = [
-        PipelineStage(module, number, schedule.num_stages, torch.device("cpu")) for number, module in own.items()
-    ]
+    stages = [PipelineStage(module, number, schedule.num_stages, torch.device("cpu")) for number, module in own.items()]
     runtime = _PipelineScheduleRuntime(stages, NUM_MICROBATCHES, loss_fn=torch.nn.functional.mse_loss)
     runtime._load_csv(path, "compute_only")
     inputs, target = data()
