@@ -1,6 +1,6 @@
 """Real processes for tests: a group of ranks over gloo that are started once and run one function after another.
 
-A failure on any rank is raised here with that rank's traceback; ranks that are silent for two minutes are ended, and
+A failure on any rank is raised here with that rank's traceback; ranks that are silent for five minutes are ended, and
 others are started for the next test. Machines may be busy: starting has a limit of its own. All ranks are forks of one
 process that has imported torch and transformers once, and run no thread of it.
 """
@@ -20,8 +20,8 @@ from typing import Any
 
 __all__ = ["RankFailed", "Ranks"]
 
-TIMEOUT = timedelta(seconds=120)
-_START = timedelta(seconds=120)  # torch and transformers are imported
+TIMEOUT = timedelta(seconds=300)
+_START = timedelta(seconds=300)  # torch and transformers are imported
 _GRACE = timedelta(seconds=3)  # for the others, once a rank has failed
 _PRELOADED = [
     "tests.models",

@@ -22,6 +22,8 @@ from stowplan.runtime.pipeline.executor import Executor
 from stowplan.runtime.pipeline.transfers import Form, Link, Transfers
 from tests.distributed import Ranks
 
+pytestmark = pytest.mark.slow  # processes of their own
+
 F, I, W, B = Kind.FORWARD, Kind.INPUT_GRADIENT, Kind.WEIGHT_GRADIENT, Kind.BACKWARD  # noqa: E741
 WIDTH, ROWS = 8, 4
 
@@ -280,7 +282,7 @@ def threads(rank: int, schedule: Schedule) -> tuple[int, int]:
         del running
         gc.collect()
         for thread in ended:
-            thread.join(timeout=20)
+            thread.join(timeout=120)
     return most, count() - before
 
 

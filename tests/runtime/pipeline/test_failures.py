@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
-from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -18,6 +16,8 @@ from stowplan.planner.schedule import generate
 from stowplan.runtime.pipeline.pipeline import Pipeline
 from tests.distributed import RankFailed, Ranks
 from tests.runtime.pipeline.one_process import Case, batch_of, build
+
+pytestmark = pytest.mark.slow  # processes of their own
 
 CASE = Case(num_layers=4, num_microbatches=4)
 
@@ -181,14 +181,12 @@ def failing(rank: int, where: str) -> str:
 @pytest.mark.parametrize("where", ["F", "I"])
 def test_a_stage_fails(where: str) -> None:
     ranks = Ranks(2)
-    start = time.monotonic()
     try:
         with pytest.raises(RankFailed) as caught:
-            ranks.run(failing, where, timeout=timedelta(seconds=60))
+            ranks.run(failing, where)
         said = str(caught.value)
         assert "rank 0: no answer" in said or "rank 0:\nTraceback" in said
         assert "ArithmeticError: all of it was seen" in said
-        assert time.monotonic() - start < 60
     finally:
         ranks.stop()
 

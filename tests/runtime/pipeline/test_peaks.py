@@ -14,6 +14,8 @@ from stowplan.runtime.pipeline.pipeline import Pipeline
 from tests.distributed import Ranks
 from tests.runtime.pipeline.one_process import Case, adaptive, batch_of, build
 
+pytestmark = pytest.mark.slow  # processes of their own
+
 TOLERANCE = 0.02
 NAMES = ["1f1b", "v-min", "v-half", "v-zb", "adaptive"]
 

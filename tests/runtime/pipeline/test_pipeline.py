@@ -20,6 +20,8 @@ from tests.runtime.pipeline.one_process import (
     truth,
 )
 
+pytestmark = pytest.mark.slow  # processes of their own
+
 NAMES = ["gpipe", "1f1b", "zb-h1", "interleaved", "v-min", "v-half", "v-zb", "adaptive"]
 
 

@@ -15,6 +15,8 @@ from stowplan.planner.schedule.candidates import one_at_a_time
 from tests.distributed import Ranks
 from tests.runtime.pipeline.one_process import Case, batch_of, build, differing, truth
 
+pytestmark = pytest.mark.slow  # processes of their own
+
 CASE = Case(num_layers=6, num_microbatches=6, num_steps=1, rows=2, sequence=32, hidden=32)
 TOLERANCE = 0.02
 

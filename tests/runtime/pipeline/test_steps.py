@@ -19,6 +19,8 @@ from stowplan.runtime.pipeline.pipeline import Pipeline
 from tests.distributed import Ranks
 from tests.runtime.pipeline.one_process import Case, batch_of, build, differing, optimizer_of, truth
 
+pytestmark = pytest.mark.slow  # processes of their own
+
 CLOSE = 1e-6
 CASE = Case(num_steps=1)
 

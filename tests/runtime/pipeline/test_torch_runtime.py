@@ -16,6 +16,8 @@ from stowplan.runtime.pipeline.pipeline import Pipeline
 from tests.distributed import Ranks
 from tests.runtime.pipeline.one_process import adaptive, differing
 
+pytestmark = pytest.mark.slow  # processes of their own
+
 NUM_MICROBATCHES, ROWS, WIDTH = 8, 2, 16
 
 
