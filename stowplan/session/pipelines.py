@@ -224,7 +224,7 @@ def _on_all(link: Link, work: Callable[[], Item]) -> Item:
 def _plans(subject: Subject, host_bytes: int, options: dict[str, Any]) -> list[Plan]:
     """Plans of one stage, each of which holds less than the one before."""
     hidden = subject.hidden()
-    with subject.deferred.at_once():
+    with subject.deferred.resumed(), subject.deferred.at_once():
         roomy = plan(
             subject.stage,
             (hidden if hidden is None else hidden.requires_grad_(), subject.inputs),

@@ -102,5 +102,3 @@ def refused(rank: int) -> list[int]:
 
 def test_the_least_budget_is_named_and_wrong_arguments_are_refused(ranks: Ranks) -> None:
     assert ranks.run(refused)[0]
-
-
