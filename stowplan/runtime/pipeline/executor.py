@@ -49,9 +49,11 @@ class InFlight:
         if hidden is not None:
             anchor = torch.zeros((), device=hidden.device, requires_grad=True)
             hidden = _Enter.apply(hidden, anchor, self._input_gradient)  # type: ignore[no-untyped-call]
-        output: torch.Tensor = self.stage(hidden, inputs)
-        if not isinstance(output, torch.Tensor):
-            refuse_no_loss(output)
+        given: Any = self.stage(hidden, inputs)
+        if not isinstance(given, torch.Tensor):
+            refuse_no_loss(given)
+        output: torch.Tensor = given
+        del given
         if output.requires_grad:  # not in a first stage in which nothing is trained
             self._end = torch.autograd.graph.get_gradient_edge(output)
         return output.detach()

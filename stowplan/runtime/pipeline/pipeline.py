@@ -89,6 +89,10 @@ class Pipeline:
                 "torch.distributed is not initialised: start the script with torchrun, and call "
                 "torch.distributed.init_process_group() before the pipeline is built."
             )
+        if dist.get_rank(group) < 0:
+            raise InvalidArgument(
+                "this process is not in group=: build the pipeline on the processes of its group only."
+            )
         self.schedule = _schedule(schedule, dist.get_world_size(group), num_microbatches)
         own = self.schedule.stages_of(dist.get_rank(group))
         self.stages: dict[int, Stage] = split(model, self.schedule.num_stages, keep=own, layers=layers, loss_fn=loss_fn)
@@ -262,7 +266,9 @@ class Pipeline:
         What ``optimizer`` has, or will have, in states counts for the first stage of its process.
         """
         subjects = self.subjects(batch)
-        mine = self.link.in_turns(lambda: {number: probe(subject) for number, subject in subjects.items()})
+        mine = self.link.together(
+            lambda: {number: probe(subject) for number, subject in subjects.items()}, in_turns=True
+        )
         first = min(mine)
         mine[first] = mine[first].with_static(optimizer_cost(optimizer, RealInstruments(self.device)).state_bytes)
         every = {stage: cost for part in self.link.gathered(mine) for stage, cost in part.items()}
@@ -286,6 +292,7 @@ class Pipeline:
         static += [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
         recorder = Recorder(self.device, storage_bytes(static) + (0 if optimizer is None else state_bytes(optimizer)))
         self._parts(batch)  # what is found out once is not part of a step
+        self.link.together(recorder.check)
         dist.barrier(self.link.group)
         self._executor.watch = recorder.watch
         try:
