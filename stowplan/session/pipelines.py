@@ -9,15 +9,16 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
-from stowplan.core.errors import InfeasibleBudget, InfeasibleSchedule, StowplanError
+from stowplan.core.errors import InfeasibleBudget, InfeasibleSchedule, InvalidArgument
 from stowplan.core.plan import Plan
 from stowplan.core.schedule import Kind, Schedule
 from stowplan.core.units import format_bytes, parse_bytes
@@ -31,18 +32,17 @@ from stowplan.reports.pipeline import PipelineReport
 from stowplan.runtime.pipeline.pipeline import Pipeline
 from stowplan.runtime.pipeline.reporting import report_of
 from stowplan.runtime.pipeline.stage_costs import Subject, probe
-from stowplan.runtime.pipeline.transfers import Link
 from stowplan.session.applying import AppliedPlan
 from stowplan.session.making import Size
 from stowplan.session.planning import plan, replan
 
 __all__ = ["AppliedPipelinePlan", "PipelinePlan", "plan_pipeline"]
 
-Item = TypeVar("Item")
-
 _SHARES = (0.5, 0.2, 0.0)  # of what keeping everything takes above the least; menus begin with all of it
 _ENOUGH = 1 << 60
 _WIDTH = 100
+
+_applied: weakref.WeakSet[Pipeline] = weakref.WeakSet()
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,10 +157,12 @@ def plan_pipeline(
         say(f"planning stage {number} of {pipeline.schedule.num_stages}")
         menus[number] = [
             None,
-            *_on_all(link, partial(_plans, subject, host_each, options)),
+            *link.together(partial(_plans, subject, host_each, options)),
         ]
     say("measuring each stage under each of its plans")
-    costs = link.in_turns(lambda: {number: _priced(subjects[number], menu) for number, menu in menus.items()})
+    costs = link.together(
+        lambda: {number: _priced(subjects[number], menu) for number, menu in menus.items()}, in_turns=True
+    )
     states = optimizer_cost(optimizer, RealInstruments(pipeline.device)).state_bytes
     first = min(costs)  # the states lie beside any of this device's stages
     costs[first] = [cost.with_static(states) for cost in costs[first]]
@@ -203,28 +205,10 @@ def plan_pipeline(
     )
 
 
-def _on_all(link: Link, work: Callable[[], Item]) -> Item:
-    """``work`` on all devices; where it fails on one, all of them raise, and none waits for ever."""
-    made: Item | None = None
-    error: StowplanError | None = None
-    try:
-        made = work()
-    except StowplanError as caught:
-        error = caught
-    told = link.gathered(None if error is None else f"{type(error).__name__}: {error}")
-    if error is not None:
-        raise error
-    failed = [device for device, message in enumerate(told) if message is not None]
-    if failed:
-        raise StowplanError(f"device {failed[0]} of the pipeline: {told[failed[0]]}")
-    assert made is not None
-    return made
-
-
 def _plans(subject: Subject, host_bytes: int, options: dict[str, Any]) -> list[Plan]:
     """Plans of one stage, each of which holds less than the one before."""
     hidden = subject.hidden()
-    with subject.deferred.at_once():
+    with subject.deferred.resumed(), subject.deferred.at_once():
         roomy = plan(
             subject.stage,
             (hidden if hidden is None else hidden.requires_grad_(), subject.inputs),
@@ -273,10 +257,21 @@ class AppliedPipelinePlan:
     """
 
     def __init__(self, plan: PipelinePlan, pipeline: Pipeline, *, verify: str = "sample", strict: bool = False) -> None:
+        if pipeline in _applied:
+            raise InvalidArgument("a plan is applied to this pipeline already; call remove() on its handle first.")
         self.plan = plan
         self._pipeline, self._before = pipeline, pipeline.schedule
-        pipeline.use(plan.schedule)
         self.stages: dict[int, AppliedPlan] = {}
+        pipeline.use(plan.schedule)
+        _applied.add(pipeline)
+        try:
+            pipeline.link.together(partial(self._apply, verify, strict))
+        except BaseException:
+            self.remove()
+            raise
+
+    def _apply(self, verify: str, strict: bool) -> None:
+        plan, pipeline = self.plan, self._pipeline
         for number, plan_of_stage in plan.plans.items():
             if plan_of_stage is not None:
                 self.stages[number] = AppliedPlan(
@@ -289,11 +284,15 @@ class AppliedPipelinePlan:
                 )
 
     def remove(self) -> None:
-        """Take the activation plans away, and the schedule back that was there before. On all devices at once."""
+        """Take the activation plans away, and the schedule back that was there before; on all devices, none waits for
+        another. Removing twice does nothing.
+        """
         for handle in self.stages.values():
             handle.remove()
         self.stages.clear()
-        self._pipeline.use(self._before)
+        if self._pipeline in _applied:
+            _applied.remove(self._pipeline)
+            self._pipeline.use(self._before)
 
     def __enter__(self) -> AppliedPipelinePlan:
         return self
@@ -301,5 +300,4 @@ class AppliedPipelinePlan:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if error is None:
-            self.remove()
+        self.remove()

@@ -43,9 +43,11 @@ class WeightGradients:
 
     Attributes:
         num_deferred: layers that are deferred, unless their call is one of those that cannot be.
+        active: False lets all calls through as if nothing were installed: who calls ``collect`` is not there then.
     """
 
     def __init__(self) -> None:
+        self.active = True
         self._interceptions: list[Interception] = []
         self._hook: Any = None
         self._forwards = _Count()
@@ -87,6 +89,18 @@ class WeightGradients:
         self._uses = []
 
     @contextmanager
+    def resumed(self) -> Iterator[None]:
+        """Active while this is open; what is left over if it fails is forgotten."""
+        before, self.active = self.active, True
+        try:
+            yield
+        except BaseException:
+            self.clear()
+            raise
+        finally:
+            self.active = before
+
+    @contextmanager
     def at_once(self) -> Iterator[None]:
         """While this is open, gradients of weights are computed in backward, and ``collect`` gives nothing.
 
@@ -110,7 +124,7 @@ class WeightGradients:
         anchor = torch.zeros((), requires_grad=True, device=layer.weight.device)
 
         def call(forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if not torch.is_grad_enabled() or kwargs or not _is_plain_call(layer, *args):
+            if not (self.active and torch.is_grad_enabled()) or kwargs or not _is_plain_call(layer, *args):
                 return forward(*args, **kwargs)
             (x,) = args
             weight, bias = layer.weight, layer.bias
@@ -138,10 +152,14 @@ class PendingGradients:
     def __init__(self, uses: list[_Use]) -> None:
         self._uses = deque(uses)
 
+    def tensors(self) -> list[torch.Tensor]:
+        """What is held. Others may hold it, too."""
+        return [tensor for use in self._uses for tensor in (use.x, use.gradient)]
+
     @property
     def num_bytes(self) -> int:
-        """Bytes of the storages that are held, each once. Others may hold them, too."""
-        return storage_bytes(tensor for use in self._uses for tensor in (use.x, use.gradient))
+        """Bytes of the storages that are held, each once."""
+        return storage_bytes(self.tensors())
 
     @torch.no_grad()
     def run(self) -> None:

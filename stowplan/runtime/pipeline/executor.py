@@ -7,14 +7,16 @@ reached again through its edge, not through the tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
 
-from stowplan.core.errors import InvalidArgument, UnsupportedModel
+from stowplan.core.errors import UnsupportedModel
 from stowplan.core.schedule import Action, Kind, Schedule
+from stowplan.offload.parallel import local_part
+from stowplan.runtime.pipeline.forms import refuse_no_loss
 from stowplan.runtime.pipeline.transfers import Form, Key, Transfers
 
 __all__ = ["Executor", "InFlight", "Watch", "Weights", "unwatched"]
@@ -23,7 +25,10 @@ Watch = Callable[[Action], AbstractContextManager[object]]
 
 
 class Weights(Protocol):
-    """Weight gradients that were put off in a backward pass (``deferred.Pending``)."""
+    """Weight gradients that were put off in a backward pass (``deferred.PendingGradients``)."""
+
+    def tensors(self) -> list[torch.Tensor]:
+        """What they hold until then."""
 
     def run(self) -> None:
         """Compute them, and add them to the parameters' gradients."""
@@ -44,11 +49,11 @@ class InFlight:
         if hidden is not None:
             anchor = torch.zeros((), device=hidden.device, requires_grad=True)
             hidden = _Enter.apply(hidden, anchor, self._input_gradient)  # type: ignore[no-untyped-call]
-        output: torch.Tensor = self.stage(hidden, inputs)
-        if not isinstance(output, torch.Tensor):
-            raise InvalidArgument(
-                f"the last stage gives {type(output).__name__}, no loss: batches need labels, or a target for loss_fn."
-            )
+        given: Any = self.stage(hidden, inputs)
+        if not isinstance(given, torch.Tensor):
+            refuse_no_loss(given)
+        output: torch.Tensor = given
+        del given
         if output.requires_grad:  # not in a first stage in which nothing is trained
             self._end = torch.autograd.graph.get_gradient_edge(output)
         return output.detach()
@@ -56,10 +61,13 @@ class InFlight:
     def backward(self, gradient: torch.Tensor) -> torch.Tensor | None:
         """The gradient of the stage's input, from that of its output; None in the first stage."""
         end, self._end = self._end, None
+        fresh = [parameter for parameter in self.stage.parameters() if parameter.grad is None]
         if end is not None:
             torch.autograd.backward((end,), (gradient,))
         self._weights = self._collect()
-        return self._input_gradient.pop() if self._input_gradient else None
+        before = self._input_gradient.pop() if self._input_gradient else None
+        _part(fresh, self._weights.tensors() if before is None else [before, *self._weights.tensors()])
+        return before
 
     def weights(self) -> None:
         """Whatever is still to be computed for the parameters' gradients."""
@@ -68,13 +76,28 @@ class InFlight:
             self._weights = None
 
 
+def _part(parameters: Iterable[torch.nn.Parameter], held: Iterable[torch.Tensor]) -> None:
+    """Give gradients that lie in the memory of ``held`` memory of their own.
+
+    Autograd makes the first gradient of a parameter of any tensor that nobody else holds, be it a view of one that
+    goes to the stage before or that W needs (``hidden + positions[None]``), and adds the next microbatch's to it.
+    """
+    storages = {tensor.untyped_storage().data_ptr() for tensor in held}
+    for parameter in parameters:
+        gradient = parameter.grad
+        if gradient is None or gradient.layout is not torch.strided:
+            continue
+        if local_part(gradient).untyped_storage().data_ptr() in storages:
+            parameter.grad = gradient.clone()
+
+
 class _Enter(torch.autograd.Function):
     """What comes from the stage before, without a leaf that would hold it; its gradient is put into a list."""
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, anchor: torch.Tensor, gradients: list[torch.Tensor]) -> torch.Tensor:
         ctx.gradients = gradients
-        return hidden.view_as(hidden)
+        return hidden.detach()  # no view: that could not be written to in place
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[None, None, None]:
@@ -173,6 +196,7 @@ class _Step:
             output = in_flight.forward(hidden, self._inputs[microbatch])
             del hidden
         if stage == self._executor.last:
+            refuse_no_loss(output)
             self.losses[microbatch] = output
         else:
             self._transfers.give(output, Key(stage + 1, False, microbatch))
@@ -180,7 +204,9 @@ class _Step:
     def _backward(self, action: Action) -> None:
         stage, _, microbatch = action
         if stage == self._executor.last:
-            gradient = self._loss_gradient.to(self.losses[microbatch].dtype)
+            loss = self.losses[microbatch]
+            gradient = self._loss_gradient.to(loss.dtype).reshape(loss.shape)
+            del loss
         else:
             gradient = self._transfers.take(Key(stage, True, microbatch))
         with self._executor.watch(action):

@@ -11,7 +11,7 @@ import torch
 from stowplan.core.errors import InvalidArgument, UnsupportedModel
 from stowplan.runtime.pipeline.transfers import Form, Link
 
-__all__ = ["learn_forms", "undisturbed"]
+__all__ = ["learn_forms", "refuse_no_loss", "undisturbed"]
 
 _FAILED = "failed: "
 
@@ -21,19 +21,23 @@ def learn_forms(
 ) -> list[Form | None]:
     """The forms of all stages' inputs, None for the first. All devices of the pipeline ask at once.
 
-    ``inputs`` are those of one microbatch. Nothing changes: no gradients, no generator, no buffers.
+    ``inputs`` are those of one microbatch. Nothing changes: no gradients, no generator, no buffers. The last stage is
+    tried out, too, so that all hear of a loss that is missing before anybody waits for it.
 
     Raises UnsupportedModel if a stage gives something else than one floating-point tensor; where a stage fails, its
     device raises that error, and all others InvalidArgument that tells of it.
     """
     forms: list[Form | None] = [None]
-    for stage in range(len(stage_devices) - 1):
-        holder = stage_devices[stage]
+    for stage, holder in enumerate(stage_devices):
         told: Form | str | None = None
         failure: Exception | None = None
         if holder == link.rank:
             try:
-                told = _output_form(stages[stage], stage, forms[stage], inputs, link)
+                output = _output(stages[stage], forms[stage], inputs, link)
+                if stage == len(stage_devices) - 1:
+                    refuse_no_loss(output)
+                told = _form_of(output, stage)
+                del output
             except Exception as error:  # noqa: BLE001 - raised below: the others wait to hear of it
                 told, failure = f"{_FAILED}{type(error).__name__}: {error}", error
         told = link.told(told, holder)
@@ -49,13 +53,24 @@ def learn_forms(
                 )
             raise UnsupportedModel(said)
         forms.append(told)
-    return forms
+    return forms[:-1]
 
 
-def _output_form(stage: torch.nn.Module, number: int, form: Form | None, inputs: Any, link: Link) -> Form | str:
+def refuse_no_loss(output: Any) -> None:
+    """Raise InvalidArgument if the last stage gives something else than one number."""
+    if isinstance(output, torch.Tensor) and output.numel() == 1:
+        return
+    given = f"a tensor of shape {tuple(output.shape)}" if isinstance(output, torch.Tensor) else type(output).__name__
+    raise InvalidArgument(
+        f"the last stage gives {given}, no loss: batches need labels, or a target for loss_fn, and loss_fn gives one "
+        f"number."
+    )
+
+
+def _output(stage: torch.nn.Module, form: Form | None, inputs: Any, link: Link) -> Any:
     hidden = None if form is None else torch.zeros(form.size, dtype=form.dtype, device=link.device)
     with undisturbed(stage, link.device), torch.no_grad():
-        return _form_of(stage(hidden, inputs), number)
+        return stage(hidden, inputs)
 
 
 def _form_of(output: Any, stage: int) -> Form | str:
@@ -73,9 +88,11 @@ def undisturbed(module: torch.nn.Module, device: torch.device) -> Iterator[None]
     """Random generators and the module's buffers are afterwards as before."""
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(cuda):
-        yield
-    with torch.no_grad():
-        for name, buffer in module.named_buffers():
-            if name in buffers and not torch.equal(buffer, buffers[name]):
-                buffer.copy_(buffers[name])
+    try:
+        with torch.random.fork_rng(cuda):
+            yield
+    finally:
+        with torch.no_grad():
+            for name, buffer in module.named_buffers():
+                if name in buffers and not torch.equal(buffer, buffers[name]):
+                    buffer.copy_(buffers[name])

@@ -97,6 +97,11 @@ class Recorder:
         self._spans: dict[Action, tuple[float, float]] = {}
         self._start = self._end = 0.0
 
+    def check(self) -> None:
+        """Raises InvalidArgument if nothing can be watched here: another profiler is active."""
+        with memory_log(self._device):
+            pass
+
     @contextmanager
     def step(self) -> Iterator[None]:
         """Around the whole step."""

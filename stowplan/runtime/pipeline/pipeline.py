@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -88,14 +89,19 @@ class Pipeline:
                 "torch.distributed is not initialised: start the script with torchrun, and call "
                 "torch.distributed.init_process_group() before the pipeline is built."
             )
+        if dist.get_rank(group) < 0:
+            raise InvalidArgument(
+                "this process is not in group=: build the pipeline on the processes of its group only."
+            )
         self.schedule = _schedule(schedule, dist.get_world_size(group), num_microbatches)
         own = self.schedule.stages_of(dist.get_rank(group))
         self.stages: dict[int, Stage] = split(model, self.schedule.num_stages, keep=own, layers=layers, loss_fn=loss_fn)
         if prepare is not None:
             for stage in self.stages.values():
                 prepare(stage)
-        self.link = Link(group, _device_of(self.stages.values()))
+        self.link = Link(group, _device_of(self.stages.values(), group))
         self._deferred = {number: WeightGradients() for number in self.stages}
+        weakref.finalize(self, _remove_all, tuple(self._deferred.values()))  # modules may outlive their pipeline
         holders, shared = self._shared()
         self._reductions: dict[int, Reduction] = {}
         for number, stage in self.stages.items():
@@ -201,7 +207,10 @@ class Pipeline:
                 earlier step failed.
         """
         parts = self._parts(batch)
-        loss_gradient = torch.full((), weight, device=self.device) / self.num_microbatches
+        if not torch.is_grad_enabled():
+            raise InvalidArgument("step() computes gradients, which are off here: leave no_grad(), or call evaluate().")
+        # Rounded once, to the loss's dtype.
+        loss_gradient = torch.full((), weight / self.num_microbatches, dtype=torch.float64, device=self.device)
         if scaler is not None:
             loss_gradient = scaler.scale(loss_gradient)
         with self._in_step():
@@ -212,7 +221,7 @@ class Pipeline:
             for reduction in self._reductions.values():
                 reduction.finish()
             self._tied.finish(sync)
-        return torch.stack(losses).mean() if losses else None
+        return _mean(losses)
 
     def evaluate(self, batch: Any = None) -> torch.Tensor | None:
         """The loss of ``batch`` without gradients, as ``step`` gives it. Set ``eval()`` before."""
@@ -221,7 +230,7 @@ class Pipeline:
             self._evaluator = self._new_executor(_forwards(self.schedule))
         with self._in_step(), torch.no_grad():
             losses = self._evaluator.step(self._forms, parts, torch.ones((), device=self.device))
-        return torch.stack(losses).mean() if losses else None
+        return _mean(losses)
 
     def clip_grad_norm_(self, max_norm: float, *, error_if_nonfinite: bool = False) -> torch.Tensor:
         """Scale all gradients so that their norm over all stages is ``max_norm`` at most; gives the norm before."""
@@ -257,7 +266,9 @@ class Pipeline:
         What ``optimizer`` has, or will have, in states counts for the first stage of its process.
         """
         subjects = self.subjects(batch)
-        mine = self.link.in_turns(lambda: {number: probe(subject) for number, subject in subjects.items()})
+        mine = self.link.together(
+            lambda: {number: probe(subject) for number, subject in subjects.items()}, in_turns=True
+        )
         first = min(mine)
         mine[first] = mine[first].with_static(optimizer_cost(optimizer, RealInstruments(self.device)).state_bytes)
         every = {stage: cost for part in self.link.gathered(mine) for stage, cost in part.items()}
@@ -281,6 +292,7 @@ class Pipeline:
         static += [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
         recorder = Recorder(self.device, storage_bytes(static) + (0 if optimizer is None else state_bytes(optimizer)))
         self._parts(batch)  # what is found out once is not part of a step
+        self.link.together(recorder.check)
         dist.barrier(self.link.group)
         self._executor.watch = recorder.watch
         try:
@@ -308,6 +320,7 @@ class Pipeline:
         self.schedule = schedule
         for number, deferred in self._deferred.items():
             deferred.remove()
+            deferred.active = False  # but in steps and probes: modules may be called by others in between
             if schedule.splits_backward:
                 deferred.install(self.stages[number])
         self._executor = self._new_executor(schedule)
@@ -367,13 +380,19 @@ class Pipeline:
 
     @contextmanager
     def _in_step(self) -> Iterator[None]:
-        try:
-            yield
-        except BaseException as error:
-            self._failed = f"{type(error).__name__}: {error}"
+        with ExitStack() as stack:
             for deferred in self._deferred.values():
-                deferred.clear()
-            raise
+                stack.enter_context(deferred.resumed())
+            try:
+                yield
+            except BaseException as error:
+                self._failed = f"{type(error).__name__}: {error}"
+                raise
+
+
+def _remove_all(deferred: Iterable[WeightGradients]) -> None:
+    for gradients in deferred:
+        gradients.remove()
 
 
 def _schedule(schedule: str | Schedule, num_devices: int, num_microbatches: int) -> Schedule:
@@ -388,13 +407,25 @@ def _schedule(schedule: str | Schedule, num_devices: int, num_microbatches: int)
     return schedule
 
 
+def _mean(losses: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    return torch.stack([loss.reshape(()) for loss in losses]).mean() if losses else None
+
+
 def _forwards(schedule: Schedule) -> Schedule:
     orders = tuple(tuple(action for action in order if action.kind is Kind.FORWARD) for order in schedule.orders)
     return Schedule(orders, schedule.stage_devices, schedule.num_microbatches)
 
 
-def _device_of(stages: Iterable[Stage]) -> torch.device:
-    return next(parameter.device for stage in stages for parameter in stage.parameters())
+def _device_of(stages: Iterable[Stage], group: dist.ProcessGroup | None) -> torch.device:
+    """Where parameters are, or buffers; with neither, where the group's backend exchanges tensors."""
+    stages = tuple(stages)
+    for tensors in (torch.nn.Module.parameters, torch.nn.Module.buffers):
+        for stage in stages:
+            for tensor in tensors(stage):
+                return tensor.device
+    if "nccl" in dist.get_backend(group):
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def _autocast(device_type: str) -> torch.dtype | None:

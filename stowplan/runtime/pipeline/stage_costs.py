@@ -65,7 +65,12 @@ def probe(subject: Subject) -> StageCosts:
     all the time; all processes with the same stage probe at once.
     """
     shards = list(subject.stage.parameters())
-    with undisturbed(subject.stage, subject.device), _own_gradients(subject.stage.parameters()), _reduced(subject):
+    with (
+        subject.deferred.resumed(),
+        undisturbed(subject.stage, subject.device),
+        _own_gradients(subject.stage.parameters()),
+        _reduced(subject),
+    ):
         for _ in range(_NUM_WARM):
             _run(subject)
         bytes_of = _measure_bytes(subject)

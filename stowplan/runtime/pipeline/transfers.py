@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 
+from stowplan.core.errors import StowplanError
 from stowplan.core.schedule import Schedule
 from stowplan.planner.schedule.messages import channels
 
@@ -58,12 +59,15 @@ class Link:
     """
 
     def __init__(self, group: dist.ProcessGroup | None, device: torch.device) -> None:
-        self.group = group if group is not None else dist.group.WORLD
+        default = dist.group.WORLD
+        assert default is not None, "torch.distributed is initialised"
+        self.group: dist.ProcessGroup = group if group is not None else default
         self.ranks = dist.get_process_group_ranks(self.group)
         self.rank = self.ranks.index(dist.get_rank())
         self.device = device
-        self._down: dist.ProcessGroup = dist.new_group(self.ranks, use_local_synchronization=True)
-        self._up: dist.ProcessGroup = dist.new_group(self.ranks, use_local_synchronization=True)
+        self._down = _like(self.group, self.ranks, device)
+        self._up = _like(self.group, self.ranks, device)
+        self._connected: set[tuple[int, int]] = set()
 
     @property
     def size(self) -> int:
@@ -80,9 +84,12 @@ class Link:
     def connect(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Open the channels (source, target) one after the other, in one order on all processes.
 
-        Backends connect two processes when they first exchange something, and wait for each other meanwhile.
+        Backends connect two processes when they first exchange something, and wait for each other meanwhile. Those
+        that are open are left alone: nobody waits then.
         """
-        for source, target in sorted(pairs):
+        new = set(pairs) - self._connected
+        self._connected |= new
+        for source, target in sorted(new):
             tensor = torch.zeros(1, device=self.device)
             if self.rank == source:
                 self.send(tensor, target).wait()
@@ -101,19 +108,41 @@ class Link:
         dist.all_gather_object(items, item, group=self.group)
         return items
 
-    def in_turns(self, work: Callable[[], Item]) -> Item:
-        """``work`` on one process after the other where they share a machine's cores (CPUs), else on all at once."""
-        if self.device.type != "cpu":
-            return work()
+    def together(self, work: Callable[[], Item], *, in_turns: bool = False) -> Item:
+        """``work`` on all devices; where it fails on one, all of them raise, and none waits for ever.
+
+        ``in_turns``: one process after the other where they share a machine's cores (CPUs).
+
+        Raises what ``work`` raised here, StowplanError that tells of it elsewhere.
+        """
         made: list[Item] = []
-        for turn in range(self.size):
+        failure: Exception | None = None
+        taking_turns = in_turns and self.device.type == "cpu"
+        for turn in range(self.size) if taking_turns else (self.rank,):
             if turn == self.rank:
-                made.append(work())
-            dist.barrier(self.group)
+                try:
+                    made.append(work())
+                except Exception as error:  # noqa: BLE001 - raised below: the others wait to hear of it
+                    failure = error
+            if taking_turns:
+                dist.barrier(self.group)
+        told = self.gathered(None if failure is None else f"{type(failure).__name__}: {failure}")
+        if failure is not None:
+            raise failure
+        for device, message in enumerate(told):
+            if message is not None:
+                raise StowplanError(f"device {device} of the pipeline: {message}")
         return made[0]
 
     def _towards(self, source: int, target: int) -> dist.ProcessGroup:
         return self._down if source < target else self._up
+
+
+def _like(group: dist.ProcessGroup, ranks: list[int], device: torch.device) -> dist.ProcessGroup:
+    """A new group of the same processes, with the same backend and timeout."""
+    timeout = group._get_backend(device).options._timeout
+    made: dist.ProcessGroup = dist.new_group(ranks, timeout, dist.get_backend(group), use_local_synchronization=True)
+    return made
 
 
 class Transfers:
