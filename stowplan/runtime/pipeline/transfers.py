@@ -65,6 +65,7 @@ class Link:
         self.ranks = dist.get_process_group_ranks(self.group)
         self.rank = self.ranks.index(dist.get_rank())
         self.device = device
+        self._level_names()
         self._down = _like(self.group, self.ranks, device)
         self._up = _like(self.group, self.ranks, device)
         self._connected: set[tuple[int, int]] = set()
@@ -133,6 +134,16 @@ class Link:
             if message is not None:
                 raise StowplanError(f"device {device} of the pipeline: {message}")
         return made[0]
+
+    def _level_names(self) -> None:
+        """Have all processes find the same names for new groups.
+
+        torch names a group that only its members make by the number of groups that a process is in: with different
+        numbers they would wait for each other for ever. Who is in fewer makes groups of its own.
+        """
+        numbers = self.gathered(len(dist.distributed_c10d._world.pg_names))
+        for _ in range(max(numbers) - numbers[self.rank]):
+            dist.new_group([dist.get_rank()], use_local_synchronization=True)
 
     def _towards(self, source: int, target: int) -> dist.ProcessGroup:
         return self._down if source < target else self._up

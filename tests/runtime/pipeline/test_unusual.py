@@ -222,6 +222,19 @@ def test_groups_are_like_the_pipelines(ranks: Ranks) -> None:
     ranks.run(groups)
 
 
+def in_more_groups(rank: int) -> None:
+    for _ in range(1 + rank * 2):
+        dist.new_group([rank], use_local_synchronization=True)
+    modules = modules_of("")
+    pipeline = pipeline_of(modules)
+    pipeline.step(batch_for(modules))
+    check_gradients(pipeline, in_one_process(modules_of("")))
+
+
+def test_processes_may_be_in_different_numbers_of_groups(ranks: Ranks) -> None:
+    ranks.run(in_more_groups)
+
+
 def applied_twice(rank: int) -> None:
     modules = modules_of("")
     pipeline = pipeline_of(modules)
