@@ -246,6 +246,10 @@ class _Sleeper(torch.nn.Module):
         """The weight gradient."""
         time.sleep(self.weight_seconds)
 
+    def tensors(self) -> list[torch.Tensor]:
+        """Nothing is held for it."""
+        return []
+
 
 _WIDTH = 4096
 
