@@ -11,7 +11,7 @@ import numpy.typing as npt
 from stowplan.core.units import format_bytes
 from stowplan.reports.lines import clean, wrap
 
-__all__ = ["Lane", "PipelineReport"]
+__all__ = ["Floats", "Integers", "Lane", "PipelineReport"]
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]

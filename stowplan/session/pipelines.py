@@ -23,8 +23,6 @@ from stowplan.core.plan import Plan
 from stowplan.core.schedule import Kind, Schedule
 from stowplan.core.units import format_bytes, parse_bytes
 from stowplan.offload.calibrate import device_budget_bytes, host_budget_bytes
-from stowplan.offload.capture.instruments import RealInstruments
-from stowplan.offload.capture.optimizers import optimizer_cost
 from stowplan.planner.schedule import StageCosts, Timeline
 from stowplan.planner.schedule.joint import Choice, Trial, choose
 from stowplan.reports.lines import wrap
@@ -155,19 +153,12 @@ def plan_pipeline(
     host_each = max(1, host // (len(subjects) * most_in_flight))  # each stage, each microbatch in flight
     for number, subject in subjects.items():
         say(f"planning stage {number} of {pipeline.schedule.num_stages}")
-        menus[number] = [
-            None,
-            *link.together(partial(_plans, subject, host_each, options)),
-        ]
+        menus[number] = [None, *link.together(partial(_plans, subject, host_each, options))]
     say("measuring each stage under each of its plans")
     costs = link.together(
         lambda: {number: _priced(subjects[number], menu) for number, menu in menus.items()}, in_turns=True
     )
-    states = optimizer_cost(optimizer, RealInstruments(pipeline.device)).state_bytes
-    first = min(costs)  # the states lie beside any of this device's stages
-    costs[first] = [cost.with_static(states) for cost in costs[first]]
-    every = {number: column for part in link.gathered(costs) for number, column in part.items()}
-    columns = [every[number] for number in range(pipeline.schedule.num_stages)]
+    columns = pipeline.of_all_stages(costs, optimizer)
     say("looking for schedules")
     seconds = pipeline.communication_seconds()
     choice: Choice | InfeasibleSchedule | None = None

@@ -100,8 +100,8 @@ class Hunt:
                 named_seconds[name] = seconds
         for start in starts:
             self.take(start, "start")
-        for placement in (v_placement(p), loop_placement(p, 2), loop_placement(p))[: 1 if self.v_only else 3]:
-            if not self.entries or placement == v_placement(p):
+        for placement in (v_placement(p), loop_placement(p, 2), loop_placement(p)):
+            if placement == v_placement(p) or not (self.entries or self.v_only):
                 self.take(one_at_a_time(placement, m), "one at a time")
         if not self.entries:
             assert self.limit.limit_bytes is not None  # one microbatch fits one microbatch

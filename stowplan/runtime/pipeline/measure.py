@@ -14,6 +14,7 @@ from stowplan.core.schedule import Action, Schedule
 from stowplan.offload.memory_log import MemoryLog, memory_log, synchronize
 from stowplan.planner.schedule import Timeline
 from stowplan.reports.pipeline import Lane, PipelineReport
+from stowplan.runtime.pipeline.reporting import lane_of
 
 __all__ = ["DeviceTrace", "Recorder", "StepTrace"]
 
@@ -69,22 +70,15 @@ class StepTrace:
         )
 
     def _lane(self, number: int) -> Lane:
-        trace, stages = self.devices[number], self.schedule.stages_of(number)
-        order = self.schedule.orders[number]
+        trace = self.devices[number]
         moments = [(0.0, trace.levels_bytes[0] if trace.levels_bytes else 0)]
         for begin, end, peak, level in zip(
             trace.begins, trace.ends, trace.peaks_bytes, trace.levels_bytes, strict=True
         ):
             moments += [(begin, peak), (end, level)]
         times, levels = zip(*moments, strict=True)
-        return Lane(
-            begins=np.array(trace.begins),
-            ends=np.array(trace.ends),
-            kinds="".join(action.kind for action in order),
-            chunks=np.array([stages.index(action.stage) for action in order], dtype=np.int64),
-            times=np.array(times),
-            levels=np.array(levels, dtype=np.int64),
-        )
+        begins, ends = np.array(trace.begins), np.array(trace.ends)
+        return lane_of(self.schedule, number, begins, ends, np.array(times), np.array(levels, dtype=np.int64))
 
 
 class Recorder:

@@ -16,7 +16,7 @@ from stowplan.offload.capture.instruments import RealInstruments
 from stowplan.offload.capture.optimizers import optimizer_cost, state_bytes
 from stowplan.offload.parallel import is_sharded
 from stowplan.offload.storages import storage_bytes
-from stowplan.planner.schedule import Costs, Timeline, check, generate, simulate
+from stowplan.planner.schedule import Costs, StageCosts, Timeline, check, generate, simulate
 from stowplan.runtime.pipeline.clipping import clip_grad_norm_
 from stowplan.runtime.pipeline.data_parallel import Reduction, reduction_of, refuse_wrappers
 from stowplan.runtime.pipeline.deferred import WeightGradients
@@ -267,13 +267,23 @@ class Pipeline:
         """
         subjects = self.subjects(batch)
         mine = self.link.together(
-            lambda: {number: probe(subject) for number, subject in subjects.items()}, in_turns=True
+            lambda: {number: [probe(subject)] for number, subject in subjects.items()}, in_turns=True
         )
+        stages = tuple(column[0] for column in self.of_all_stages(mine, optimizer))
+        return Costs(stages, self.communication_seconds())
+
+    def of_all_stages(
+        self, mine: Mapping[int, Sequence[StageCosts]], optimizer: torch.optim.Optimizer | None
+    ) -> list[list[StageCosts]]:
+        """Columns of costs of all stages, from those of this process's; the optimizer's states lie beside its first."""
+        states = optimizer_cost(optimizer, RealInstruments(self.device)).state_bytes
         first = min(mine)
-        mine[first] = mine[first].with_static(optimizer_cost(optimizer, RealInstruments(self.device)).state_bytes)
-        every = {stage: cost for part in self.link.gathered(mine) for stage, cost in part.items()}
-        stages = tuple(every[stage] for stage in range(self.schedule.num_stages))
-        return Costs(stages, communication_seconds(self.link, self._forms))
+        own = {
+            number: [cost.with_static(states if number == first else 0) for cost in column]
+            for number, column in mine.items()
+        }
+        every = {number: column for part in self.link.gathered(own) for number, column in part.items()}
+        return [every[number] for number in range(self.schedule.num_stages)]
 
     def communication_seconds(self) -> float:
         """Seconds that the largest tensor between stages takes to another process. All devices at once."""

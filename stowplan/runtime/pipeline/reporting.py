@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stowplan.reports.pipeline import Lane, PipelineReport
+from stowplan.reports.pipeline import Floats, Integers, Lane, PipelineReport
 
 if TYPE_CHECKING:
+    from stowplan.core.schedule import Schedule
     from stowplan.planner.schedule import Timeline
 
-__all__ = ["report_of"]
+__all__ = ["lane_of", "report_of"]
 
 
 def report_of(
@@ -27,19 +28,12 @@ def report_of(
 ) -> PipelineReport:
     """What ``timeline`` says, under ``name``. ``in_bytes``: levels are bytes, not counted activations."""
     schedule = timeline.schedule
-    lanes = []
-    for device, order in enumerate(schedule.orders):
-        stages = schedule.stages_of(device)
-        lanes.append(
-            Lane(
-                begins=timeline.begins[device],
-                ends=timeline.ends[device],
-                kinds="".join(action.kind for action in order),
-                chunks=np.array([stages.index(action.stage) for action in order], dtype=np.int64),
-                times=timeline.memory[device].times,
-                levels=timeline.memory[device].levels,
-            )
+    lanes = [
+        lane_of(schedule, device, begins, ends, memory.times, memory.levels)
+        for device, (begins, ends, memory) in enumerate(
+            zip(timeline.begins, timeline.ends, timeline.memory, strict=True)
         )
+    ]
     limit = limit_bytes
     if limit_microbatches is not None:
         limit = max(map(partial(_bytes_of, timeline, limit_microbatches), range(schedule.num_devices)))
@@ -54,6 +48,19 @@ def report_of(
         limit=limit,
         bound_time=bound_seconds,
         named=named_seconds or {},
+    )
+
+
+def lane_of(schedule: Schedule, device: int, begins: Floats, ends: Floats, times: Floats, levels: Integers) -> Lane:
+    """What ``device`` does when, and what it holds."""
+    order, stages = schedule.orders[device], schedule.stages_of(device)
+    return Lane(
+        begins=begins,
+        ends=ends,
+        kinds="".join(action.kind for action in order),
+        chunks=np.array([stages.index(action.stage) for action in order], dtype=np.int64),
+        times=times,
+        levels=levels,
     )
 
 

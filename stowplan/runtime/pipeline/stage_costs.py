@@ -9,7 +9,7 @@ import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,22 +31,17 @@ _NUM_WARM = 3  # gradients and whatever is made once are there then, and an acti
 _LEAST_SECONDS = 1e-9
 
 
+@dataclass(frozen=True, slots=True)
 class Subject:
     """A stage to be probed: what goes in, what comes out, and what is done with its gradients."""
 
-    def __init__(
-        self,
-        stage: Stage,
-        deferred: WeightGradients,
-        inputs: Any,
-        form: Form | None,
-        output_form: Form | None,
-        device: torch.device,
-        reduction: Reduction | None = None,
-    ) -> None:
-        self.stage, self.inputs, self.form, self.output_form, self.device = stage, inputs, form, output_form, device
-        self.reduction = reduction
-        self.deferred = deferred
+    stage: Stage
+    deferred: WeightGradients
+    inputs: Any
+    form: Form | None
+    output_form: Form | None
+    device: torch.device
+    reduction: Reduction | None = None
 
     def hidden(self) -> torch.Tensor | None:
         return None if self.form is None else _random(self.form, self.device)
@@ -141,12 +136,12 @@ def _measure_bytes(subject: Subject) -> StageCosts:
             max(0, segments["backward"].peak_bytes - max(held, pending)),
             max(0, segments["weights"].peak_bytes - pending),
         ),
-        input_bytes=0 if subject.form is None else _random(subject.form, torch.device("meta")).nbytes,
+        input_bytes=0 if subject.form is None else subject.form.num_bytes,
     )
 
 
 def _random(form: Form, device: torch.device) -> torch.Tensor:
-    return torch.empty(form.size, dtype=form.dtype, device=device).normal_()
+    return form.empty(device).normal_()
 
 
 def _now(device: torch.device) -> float:
@@ -189,7 +184,7 @@ def communication_seconds(link: Link, forms: Sequence[Form | None]) -> float:
         return 0.0
     times = []
     if link.rank < 2:
-        largest = max(known, key=lambda form: _random(form, torch.device("meta")).nbytes)
+        largest = max(known, key=lambda form: form.num_bytes)
         tensor = largest.empty(link.device).zero_()
         for _ in range(_NUM_TIMED):
             start = _now(link.device)

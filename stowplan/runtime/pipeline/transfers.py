@@ -10,6 +10,7 @@ Note: who keeps a tensor that is being sent
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 import weakref
@@ -38,6 +39,10 @@ class Form(NamedTuple):
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Form:
         return cls(tuple(tensor.shape), tensor.dtype)
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.size) * self.dtype.itemsize
 
     def empty(self, device: torch.device) -> torch.Tensor:
         return torch.empty(self.size, dtype=self.dtype, device=device)
