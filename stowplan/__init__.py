@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         ReplayMismatch,
         SolverFailed,
         StowplanError,
+        UnrecoverableSnapshot,
         UnsupportedModel,
     )
     from stowplan.core.hardware import Hardware
@@ -80,6 +81,7 @@ __all__ = [
     "ReplayMismatch",
     "SolverFailed",
     "StowplanError",
+    "UnrecoverableSnapshot",
     "UnsupportedModel",
     "__version__",
     "allocations",

@@ -43,6 +43,7 @@ NAMES = [
     "ReplayMismatch",
     "SolverFailed",
     "StowplanError",
+    "UnrecoverableSnapshot",
     "UnsupportedModel",
     "__version__",
     "allocations",

@@ -19,7 +19,8 @@ StowplanError
 ├── NoLogits (also a RuntimeError)          a chunked head makes no logits, and code asks for them
 ├── NoGradients (also a RuntimeError)       a cross entropy in chunks goes backward once, without second derivatives
 ├── PlanRejected                            our own simulator contradicts the plan: a bug of ours
-└── ReplayMismatch (also a RuntimeError)    a recomputed value cannot be what the forward pass had
+├── ReplayMismatch (also a RuntimeError)    a recomputed value cannot be what the forward pass had
+└── UnrecoverableSnapshot                   more of a snapshot is lost than its code stands; names what
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ __all__ = [
     "ReplayMismatch",
     "SolverFailed",
     "StowplanError",
+    "UnrecoverableSnapshot",
     "UnsupportedModel",
 ]
 
@@ -242,3 +244,27 @@ class PlanRejected(StowplanError):
 
 class ReplayMismatch(StowplanError, RuntimeError):
     """A value cannot be recomputed as it was: something it depends on has changed since the forward pass."""
+
+
+class UnrecoverableSnapshot(StowplanError):
+    """More of a snapshot is lost than can be computed from what is left; wrong bytes are never given instead.
+
+    Attributes:
+        lost: what is lost, each by name.
+        stands: what could have been lost without harm.
+        advice: what to do now.
+    """
+
+    def __init__(
+        self,
+        lost: Sequence[str],
+        stands: str,
+        advice: str = "Go on from the newest copy on disk.",
+    ) -> None:
+        self.lost, self.stands, self.advice = tuple(lost), stands, advice
+        super().__init__(
+            f"the snapshot cannot be recovered: lost are {', '.join(self.lost)}, and {self.stands}. {self.advice}"
+        )
+
+    def __reduce__(self) -> tuple[type[UnrecoverableSnapshot], tuple[tuple[str, ...], str, str]]:
+        return type(self), (self.lost, self.stands, self.advice)

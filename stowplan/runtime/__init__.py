@@ -1,1 +1,1 @@
-"""Many processes: pipelines of stages."""
+"""Many processes: pipelines of stages, snapshots in memory."""

@@ -49,6 +49,16 @@ def test_infeasible_budget_travels_between_processes(remake) -> None:
     assert (str(again), again.least_bytes) == (str(error), error.least_bytes)
 
 
+@pytest.mark.parametrize("remake", [lambda error: pickle.loads(pickle.dumps(error)), copy.copy])
+def test_what_a_snapshot_has_lost_travels_between_processes(remake) -> None:
+    error = errors.UnrecoverableSnapshot(["node 1", "node 2"], "one may be lost", "Start anew.")
+    assert str(error) == ("the snapshot cannot be recovered: lost are node 1, node 2, and one may be lost. Start anew.")
+    again = remake(error)
+    assert (str(again), again.lost, again.stands, again.advice) == (
+        str(error), ("node 1", "node 2"), "one may be lost", "Start anew.",
+    )  # fmt: skip
+
+
 def test_an_unknown_preset_is_refused_with_those_there_are() -> None:
     assert preset("H100-SXM") is PRESETS["h100-sxm"]
     with pytest.raises(errors.InvalidArgument, match="'tpu' is not known; allowed: a100-sxm, h100-sxm"):

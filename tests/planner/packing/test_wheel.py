@@ -14,6 +14,8 @@ import pytest
 
 ROOT = Path(__file__).parents[3]
 PACKING = "stowplan/planner/packing"
+CODES = "stowplan/runtime/snapshot/codes"
+CODES_SOURCES = ("codes.cpp", "field.hpp", "multiply.hpp", "checksum.hpp")
 SOURCES = (
     "pack.cpp",
     "instance.hpp",
@@ -24,11 +26,13 @@ SOURCES = (
     "search.hpp",
     "portfolio.hpp",
 )
-# Packs with the wheel's library: no compiler is to be found, and -S leaves the editable install out.
+# Packs and checks with the wheel's libraries: no compiler is to be found, and -S leaves the editable install out.
 PROGRAM = """
 from stowplan.planner.packing import Problem, library, pack
 assert library.__file__.startswith({place!r}), library.__file__
 print(pack(Problem([0, 1, 2], [2, 3, 4], [1, 2, 1]), solver="exact").height_bytes)
+from stowplan.runtime.snapshot.codes import crc32c
+print(hex(crc32c(b"123456789")))
 """
 
 
@@ -53,11 +57,12 @@ def test_a_wheel_has_the_library_and_needs_no_compiler(tree, tmp_path):
         archive.extractall(place)
     files = {path.name for path in (place / PACKING).iterdir()}
     assert {"stowplan_pack.so", *SOURCES} <= files
+    assert {"stowplan_codes.so", *CODES_SOURCES} <= {path.name for path in (place / CODES).iterdir()}
     paths = f"{place}:{Path(np.__file__).parents[1]}"
     environment = {"PYTHONPATH": paths, "CXX": "no-such-compiler", "STOWPLAN_CACHE_DIR": str(tmp_path / "cache")}
     program = [sys.executable, "-S", "-W", "error", "-c", PROGRAM.format(place=str(place))]
     done = subprocess.run(program, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert (done.stdout.strip(), done.stderr) == ("3", "")
+    assert (done.stdout.strip(), done.stderr) == ("3\n0xe3069283", "")
 
 
 @pytest.mark.slow

@@ -1,0 +1,34 @@
+"""Groups of nodes with bytes in them, for tests."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from stowplan.runtime.snapshot.codes import Layout, code_for, encode
+
+CODES = [("mirror", 1), ("raim5", 1), ("rs", 2)]
+
+
+def least_nodes(m):
+    return m + 1
+
+
+class Group:
+    """Nodes of the given sizes, with the parities that ``kernels`` make; ``damaged`` gives buffers without some."""
+
+    def __init__(self, name, sizes, kernels, seed=0):
+        random = np.random.default_rng([seed, len(sizes), *sizes])
+        self.code = code_for(len(sizes), 2 if name == "rs" else 1, name)
+        self.layout = Layout(self.code, sizes)
+        self.data = {i: random.integers(0, 256, size, dtype=np.uint8).tobytes() for i, size in enumerate(sizes)}
+        # What was in a buffer before must not matter.
+        made = {i: bytearray(b"\xa5" * self.layout.parity_bytes) for i in self.data}
+        encode(self.layout, self.data, made, kernels=kernels)
+        self.parity = {i: bytes(buffer) for i, buffer in made.items()}
+
+    def damaged(self, lost):
+        """Buffers of survivors, which cannot be written to, and others for the lost nodes, full of rubbish."""
+        return tuple(
+            {i: bytearray(b"\x5a" * len(kept)) if i in lost else kept for i, kept in area.items()}
+            for area in (self.data, self.parity)
+        )
