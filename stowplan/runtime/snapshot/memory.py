@@ -101,7 +101,7 @@ class Region:
             os.close(descriptor)
             raise SnapshotRefused(
                 "unsafe",
-                f"a descriptor that was sent is not memory of a fixed size: {' and '.join(missing) or 'bytes'} missing. "
+                f"a descriptor that was sent is not memory of a fixed size: no {' and '.join(missing) or 'bytes'}. "
                 f"Send back the descriptor that the memory process gave.",
             )
         return cls(descriptor, status.st_size)

@@ -90,7 +90,7 @@ def test_too_much_is_refused_before_it_is_taken(monkeypatch):
 
 def test_other_systems_are_told_so(monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
-    with pytest.raises(SnapshotMemoryUnavailable, match="take Linux .* this is darwin"):
+    with pytest.raises(SnapshotMemoryUnavailable, match=r"take Linux .* this is darwin"):
         Region.create("test", SIZE)
 
 
@@ -106,7 +106,7 @@ def test_kernels_without_the_advice_allocate_instead(monkeypatch):
 
 def test_a_kernel_that_has_no_more_is_told_with_the_size(monkeypatch):
     monkeypatch.setattr(memory, "_advise", lambda *_: errno.ENOMEM)
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(list(Path("/proc/self/fd").iterdir()))
     with pytest.raises(SnapshotMemoryUnavailable, match=f"{SIZE} bytes.*Cannot allocate memory"):
         Region.create("test", SIZE)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
