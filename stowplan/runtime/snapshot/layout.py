@@ -49,6 +49,7 @@ _ALIGNMENT_BYTES = 2 * MIB
 _RECORD_BYTES = 512
 _PLACES = (0, _PAGE_BYTES // 2)
 _PAYLOAD_ALIGNMENT_BYTES = 64
+_CODE_BYTES = 8
 # magic, version, state, slot, code, n, m, index, run; revision, generation, sequence, step, capacities of data and
 # parity, bytes of data, schema and parity; CRCs of schema, data's table and parity's table
 _FIELDS = struct.Struct("<8sHBB8sHHHx64sQQQQQQQQQIIIx")
@@ -63,6 +64,11 @@ class Coding:
     n: int = 1
     m: int = 0
     index: int = 0
+
+    def __post_init__(self) -> None:
+        numbers = (self.n, self.m, self.index)
+        if len(self.code.encode()) > _CODE_BYTES or not all(0 <= number < 1 << 16 for number in numbers):
+            raise InvalidArgument(f"{self.code!r}, n={self.n}, m={self.m}, index={self.index} is no erasure code's.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,8 @@
 """What a slot's bytes are: tensors by name, dtype, shape and place, and Python values, as canonical JSON, never pickle.
 
 The same state gives the same bytes of JSON on every machine and in every process. Floats are written by ``float.hex``,
-so they come back bit for bit (of a NaN that it is one); what JSON does not have (tuples, bytes, keys that are no strings) is tagged.
+so they come back bit for bit (of a NaN: that it is one); what JSON does not have (tuples, bytes, keys that are no
+strings) is tagged.
 """
 
 from __future__ import annotations
