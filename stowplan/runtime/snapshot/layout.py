@@ -7,7 +7,7 @@ payload follows at the next 64 bytes. Its table has a CRC-32C for each 4 MiB of 
 
 Note: how a header changes at once. A header page has two places for records. A change is written into the place that is
 not in use, with a higher revision and a CRC over all of the record: whoever is killed on the way leaves the former
-record in force. ``invalidate`` also wipes the other place, as what it said is about to be untrue.
+record in force. ``invalidate`` wipes both, before the slot is written again.
 
 Only the memory process writes headers and tables. It is told to do so through a socket, after the bytes: the kernel's
 calls in between order the writes on every processor.
@@ -31,8 +31,10 @@ __all__ = [
     "Damage",
     "Geometry",
     "Header",
+    "chunk_crcs",
     "damage",
     "invalidate",
+    "num_chunks",
     "payload_offset",
     "read_header",
     "read_table",
@@ -210,12 +212,10 @@ def write_header(region: memoryview, slot: int, header: Header) -> None:
     region[place : place + _RECORD_BYTES] = record
 
 
-def invalidate(region: memoryview, slot: int, header: Header | None = None) -> None:
-    """Nothing that the slot said counts from now on; ``header``, which is WRITING, is all that it says."""
+def invalidate(region: memoryview, slot: int) -> None:
+    """Nothing that the slot said counts from now on: it is FREE."""
     for place, _ in _records(region, slot):
         region[place : place + _RECORD_BYTES] = bytes(_RECORD_BYTES)
-    if header is not None:
-        write_header(region, slot, header)
 
 
 def write_table(region: memoryview, geometry: Geometry, slot: int, first: int, crcs: Sequence[int]) -> int:

@@ -1,4 +1,4 @@
-"""One local rank's memory and the states of its slots, kept in step: what the logic allows is what headers say.
+"""One local rank's memory and the states of its slots, kept in step: headers say what the logic allows.
 
 Methods change one rank and do not wait; ``Store`` calls them one at a time.
 """
@@ -9,15 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from stowplan.core.errors import SnapshotRefused
-from stowplan.runtime.snapshot.codes import crc32c
 from stowplan.runtime.snapshot.layout import (
     NUM_SLOTS,
     Coding,
     Damage,
     Geometry,
     Header,
-    chunk_crcs,
-    damage,
     invalidate,
     num_chunks,
     read_header,
@@ -49,7 +46,8 @@ class RankMemory:
     geometry: Geometry
     coding: Coding
     slots: Slots
-    damaged: dict[int, Damage] = field(default_factory=dict)  # by slot; of those that were looked at
+    headers: dict[int, Header] = field(default_factory=dict)  # by slot, of those that are not FREE
+    damaged: dict[int, Damage] = field(default_factory=dict)  # by slot, of those that were looked at
 
     @classmethod
     def adopted(
@@ -74,7 +72,8 @@ class RankMemory:
                 raise SnapshotRefused("size", f"rank {rank}'s memory has {header.geometry} and {header.coding}.")
         found = tuple(header.slot if header else Slot() for header in headers)
         newest = max([generation, *(slot.snapshot.generation for slot in found if slot.snapshot)])
-        memory = cls(run, rank, region, geometry, coding, Slots(found, newest))
+        known = {slot: header for slot, header in enumerate(headers) if header}
+        memory = cls(run, rank, region, geometry, coding, Slots(found, newest), known)
         memory.become(memory.slots.survived())
         return memory
 
@@ -83,17 +82,13 @@ class RankMemory:
         for index, (now, then) in enumerate(zip(self.slots.slots, slots.slots, strict=True)):
             if now != then:
                 assert then.state is State.FREE
-                invalidate(self.region.view, index)
-                self.damaged.pop(index, None)
+                self._free(index)
         self.slots = slots
 
     def header(self, sequence: int) -> tuple[int, Header]:
-        """The slot of a snapshot, and its header. Raises SnapshotRefused where the header is damaged."""
+        """The slot of a snapshot, and its header."""
         index = self.slots.find(sequence)
-        header = read_header(self.region.view, index)
-        if header is None or header.slot != self.slots.slots[index]:
-            raise SnapshotRefused("unknown", f"the header of snapshot {sequence} of rank {self.rank} is damaged.")
-        return index, header
+        return index, self.headers[index]
 
     def begin(self, snapshot: Snapshot, data_bytes: int, schema_bytes: int, *, rebuilding: bool = False) -> int:
         """The slot that the snapshot may be written into; what it held is invalid from now on."""
@@ -102,14 +97,12 @@ class RankMemory:
             raise SnapshotRefused("size", f"a schema of {schema_bytes} bytes cannot begin {data_bytes} bytes of data.")
         slots, index = (self.slots.rebuilding if rebuilding else self.slots.begun)(snapshot)
         for other, (now, then) in enumerate(zip(self.slots.slots, slots.slots, strict=True)):
-            if other != index and now != then:
-                invalidate(self.region.view, other)
-                self.damaged.pop(other, None)
-        header = Header(
+            if now != then:
+                self._free(other)
+        self.headers[index] = Header(
             self.run, State.WRITING, snapshot, self.geometry, data_bytes, schema_bytes, coding=self.coding
-        )  # fmt: skip
-        invalidate(self.region.view, index, header)
-        self.damaged.pop(index, None)
+        )
+        write_header(self.region.view, index, self.headers[index])
         self.slots = slots
         return index
 
@@ -122,20 +115,13 @@ class RankMemory:
         """The first bytes for a snapshot's parity."""
         return self.geometry.parity_view(self.region.view, self.slots.find(sequence), num_bytes)
 
-    def checksums(self, sequence: int) -> Checksums:
-        """Of a snapshot's data; takes as long as reading it, and changes nothing."""
-        _, header = self.header(sequence)
-        data = self.data(sequence)
-        return Checksums(chunk_crcs(data), crc32c(data[: header.schema_bytes]))
-
     def make_local(self, sequence: int, sums: Checksums) -> None:
         """WRITING → LOCAL."""
         slots = self.slots.advanced(sequence, State.LOCAL)
         index, header = self.header(sequence)
         crc = write_table(self.region.view, self.geometry, index, 0, sums.chunks)
         changed = replace(header, state=State.LOCAL, data_table_crc=crc, schema_crc=sums.schema_crc)
-        write_header(self.region.view, index, changed)
-        self.slots = slots
+        self._commit(index, changed, slots)
 
     def make_parity(self, sequence: int, parity_bytes: int, sums: Checksums) -> None:
         """LOCAL → PARITY: so many bytes of parity are there."""
@@ -144,30 +130,28 @@ class RankMemory:
         first = num_chunks(self.geometry.data_capacity_bytes)
         crc = write_table(self.region.view, self.geometry, index, first, sums.chunks)
         changed = replace(header, state=State.PARITY, parity_bytes=parity_bytes, parity_table_crc=crc)
-        write_header(self.region.view, index, changed)
-        self.slots = slots
+        self._commit(index, changed, slots)
 
     def make_global(self, sequence: int) -> None:
         """PARITY → GLOBAL."""
         slots = self.slots.advanced(sequence, State.GLOBAL)
         index, header = self.header(sequence)
-        write_header(self.region.view, index, replace(header, state=State.GLOBAL))
-        self.slots = slots
+        self._commit(index, replace(header, state=State.GLOBAL), slots)
 
-    def look(self, index: int) -> Damage:
-        """Read all bytes of a slot that is LOCAL or more and say what is wrong; changes nothing."""
-        slot = self.slots.slots[index]
-        if slot.state < State.LOCAL:
-            return Damage()
-        _, header = self.header(slot.sequence)
-        return damage(self.region.view, index, header)
+    def mend_header(self, index: int) -> bool:
+        """Write a slot's header anew if what is in memory is not what it is known to be; whether that was so."""
+        held, known = read_header(self.region.view, index), self.headers.get(index)
+        if known is None or (held is not None and replace(held, revision=known.revision) == known):
+            return False
+        write_header(self.region.view, index, known)
+        return True
 
     def slot_status(self, index: int) -> SlotStatus:
         """For messages."""
         slot = self.slots.slots[index]
         if slot.snapshot is None:
             return SlotStatus(State.FREE)
-        _, header = self.header(slot.sequence)
+        header = self.headers[index]
         found = self.damaged.get(index, Damage())
         return SlotStatus(
             slot.state, slot.sequence, slot.snapshot.step, slot.snapshot.generation, header.data_bytes,
@@ -179,3 +163,12 @@ class RankMemory:
         slots = tuple(self.slot_status(index) for index in range(NUM_SLOTS))
         capacities = self.geometry.data_capacity_bytes, self.geometry.parity_capacity_bytes
         return RankStatus(self.rank, *capacities, writer_pid, slots)
+
+    def _free(self, index: int) -> None:
+        invalidate(self.region.view, index)
+        self.headers.pop(index, None)
+        self.damaged.pop(index, None)
+
+    def _commit(self, index: int, header: Header, slots: Slots) -> None:
+        write_header(self.region.view, index, header)
+        self.headers[index], self.slots = header, slots

@@ -1,6 +1,6 @@
 """All that a node's memory process holds: the memory of each local rank, and what is computed on it in the background.
 
-Methods may be called from any thread. What takes as long as reading a snapshot runs in worker threads, without the lock.
+Methods may be called from any thread. What takes as long as reading a snapshot runs in worker threads without the lock.
 """
 
 from __future__ import annotations
@@ -9,49 +9,22 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Protocol
 
 from stowplan.core.errors import SnapshotRefused
 from stowplan.core.units import format_bytes
-from stowplan.runtime.snapshot.layout import Coding, Geometry, chunk_crcs
+from stowplan.runtime.snapshot.coder import Alone, Coder
+from stowplan.runtime.snapshot.codes import crc32c
+from stowplan.runtime.snapshot.layout import Coding, Geometry, chunk_crcs, damage
 from stowplan.runtime.snapshot.memory import Region
 from stowplan.runtime.snapshot.messages import Begun, Skipped, SlotStatus
 from stowplan.runtime.snapshot.rank_memory import Checksums, RankMemory
 from stowplan.runtime.snapshot.slots import Slots, Snapshot, State, every
 
-__all__ = ["Alone", "Coder", "Store"]
+__all__ = ["Store"]
 
 _LOG = logging.getLogger(__name__)
-
-
-class Coder(Protocol):
-    """What brings snapshots from LOCAL to GLOBAL: parity, and the barriers of a group."""
-
-    def code(self, store: Store, rank: int, snapshot: Snapshot) -> None:
-        """Called in a worker thread when a rank's slot is LOCAL; again, LOCAL or PARITY, after adoption and roll back.
-
-        May wait for others. Uses ``store.data``, ``store.parity``, ``store.commit_parity`` and ``store.commit_global``,
-        which raise SnapshotRefused once the snapshot was given up.
-        """
-
-
-class Alone:
-    """The coder of a job on one node: no parity, and both barriers are between the ranks of this node."""
-
-    def code(self, store: Store, rank: int, snapshot: Snapshot) -> None:
-        """GLOBAL, once all ranks are LOCAL; the last of them finds that out."""
-        with store.exclusive():
-            for state, commit in ((State.PARITY, store.commit_parity), (State.GLOBAL, store.commit_global)):
-                members = store.members()
-                if len(members) < store.num_ranks:
-                    return
-                if not every(list(members.values()), snapshot, State(state - 1)):
-                    return
-                for other, slots in members.items():
-                    if slots.state(snapshot.sequence) < state:
-                        commit(other, snapshot)
 
 
 class Store:
@@ -64,8 +37,11 @@ class Store:
         self._ranks: dict[int, RankMemory] = {}
         self._completing: set[tuple[int, Snapshot]] = set()
         self._unverified: set[int] = set()
+        self._failed: dict[int, str] = {}
+        self._reserving = threading.Lock()
         self._changed = threading.Condition(threading.RLock())
-        self._workers = ThreadPoolExecutor(num_threads, "snapshot")
+        self._checkers = ThreadPoolExecutor(num_threads, "checksums")
+        self._coders = ThreadPoolExecutor(num_ranks, "coder")  # of their own, as a coder may wait for checksums
 
     # ---- memory ----
     def reserve(self, rank: int, geometry: Geometry, coding: Coding) -> RankMemory:
@@ -74,25 +50,30 @@ class Store:
         Raises SnapshotMemoryUnavailable, with what all ranks of this node would take; SnapshotRefused ("size").
         """
         self._check_rank(rank)
-        with self._changed:
-            memory = self._ranks.get(rank)
-            if memory is not None and (memory.geometry, memory.coding) == (geometry, coding):
-                return memory
-            if memory is not None and any(slot.state for slot in memory.slots.slots):
-                raise SnapshotRefused(
-                    "size",
-                    f"rank {rank} has memory for {memory.geometry} and {memory.coding} with snapshots in it, and "
-                    f"{geometry} and {coding} are asked for: restore them and roll back to 0 first, or end the process.",
-                )
-            if memory is not None:
-                del self._ranks[rank]
-                memory.region.close()
-            each = f"2 slots of {format_bytes(geometry.data_capacity_bytes)} and their parity"
-            region = Region.create(f"stowplan-{self.run}-{rank}", geometry.total_bytes, f"rank {rank}'s {each}")
+        with self._reserving:  # one after the other, as each takes what the others see as available
+            with self._changed:
+                memory = self._ranks.get(rank)
+                if memory is not None and (memory.geometry, memory.coding) == (geometry, coding):
+                    return memory
+                if memory is not None and any(slot.state for slot in memory.slots.slots):
+                    raise SnapshotRefused(
+                        "size",
+                        f"rank {rank} has memory for {memory.geometry} and {memory.coding} with snapshots in it, and "
+                        f"{geometry} and {coding} are asked for: restore them and roll back to 0, or end the process.",
+                    )
+                if memory is not None:
+                    del self._ranks[rank]
+                    memory.region.close()
+            what = (
+                f"rank {rank}'s snapshots (2 slots of {format_bytes(geometry.data_capacity_bytes)} and of "
+                f"{format_bytes(geometry.parity_capacity_bytes)} of parity; {self.num_ranks} ranks on this node)"
+            )
+            region = Region.create(f"stowplan-{self.run}-{rank}", geometry.total_bytes, what)
             _LOG.info("rank %d: reserved %s", rank, format_bytes(geometry.total_bytes))
-            memory = RankMemory(self.run, rank, region, geometry, coding, Slots(generation=self._generation))
-            self._ranks[rank] = memory
-            return memory
+            with self._changed:
+                slots = Slots(generation=self._generation)
+                self._ranks[rank] = RankMemory(self.run, rank, region, geometry, coding, slots)
+                return self._ranks[rank]
 
     def adopt(self, rank: int, region: Region, geometry: Geometry, coding: Coding) -> RankMemory:
         """Take over memory that a former process gave; its bytes are checked in the background.
@@ -100,7 +81,7 @@ class Store:
         Raises SnapshotRefused: "busy" where this process has memory of the rank already, and what ``RankMemory`` does.
         """
         self._check_rank(rank)
-        with self._changed:
+        with self._reserving, self._changed:
             if rank in self._ranks:
                 raise SnapshotRefused("busy", f"rank {rank} has memory in this process already: attach it.")
             memory = RankMemory.adopted(self.run, rank, region, geometry, coding, self._generation)
@@ -108,7 +89,7 @@ class Store:
             self._unverified.add(rank)
             self._raise(memory.slots.generation)
             _LOG.info("rank %d: adopted %s", rank, [slot.state.name for slot in memory.slots.slots])
-        self._submit(self._verify, memory)
+        self._submit(self._checkers, rank, self._verify, memory)
         self._resume()
         return memory
 
@@ -140,7 +121,7 @@ class Store:
             if (rank, header.snapshot) in self._completing:
                 return
             self._completing.add((rank, header.snapshot))
-        self._submit(self._complete, memory, header.snapshot)
+        self._submit(self._checkers, rank, self._complete, memory, header.snapshot)
 
     def abandon(self, rank: int, sequence: int) -> None:
         """Give a snapshot up. Raises SnapshotRefused."""
@@ -170,6 +151,7 @@ class Store:
         """Every member of the group has come to PARITY."""
         with self._changed:
             self._having(rank, snapshot).make_global(snapshot.sequence)
+            self._failed.pop(rank, None)
             self._changed.notify_all()
 
     def data(self, rank: int, snapshot: Snapshot) -> memoryview:
@@ -196,7 +178,7 @@ class Store:
             return memory.data(snapshot.sequence)
 
     def wait(self, rank: int, sequence: int, state: State, timeout_seconds: float) -> State:
-        """The snapshot's state when it has come to ``state`` or beyond, when it is given up, or when the time is over."""
+        """The snapshot's state when it has come to ``state`` or beyond, is given up, or the time is over."""
         until = time.monotonic() + timeout_seconds
         with self._changed:
             while State.FREE < (now := self.memory(rank).slots.state(sequence)) < state:
@@ -263,6 +245,7 @@ class Store:
         with self._changed:
             problems = [f"rank {rank} has no memory here" for rank in range(self.num_ranks) if rank not in self._ranks]
             problems += [f"rank {rank}'s adopted memory is being checked" for rank in sorted(self._unverified)]
+            problems += [f"rank {rank}: {problem}" for rank, problem in sorted(self._failed.items())]
             for rank, memory in sorted(self._ranks.items()):
                 for index in sorted(index for index, found in memory.damaged.items() if found):
                     problems.append(f"rank {rank}: {memory.slots.slots[index].snapshot} is damaged")
@@ -272,7 +255,8 @@ class Store:
 
     def close(self) -> None:
         """Wait for what is being computed, and give the memory up."""
-        self._workers.shutdown(cancel_futures=True)
+        self._checkers.shutdown(cancel_futures=True)
+        self._coders.shutdown(cancel_futures=True)
         with self._changed:
             for memory in self._ranks.values():
                 memory.region.close()
@@ -281,21 +265,29 @@ class Store:
     # ---- in worker threads ----
     def _complete(self, memory: RankMemory, snapshot: Snapshot) -> None:
         try:
-            sums = memory.checksums(snapshot.sequence)
+            with self._changed:
+                data = self._having(memory.rank, snapshot, State.WRITING).data(snapshot.sequence)
+                _, header = memory.header(snapshot.sequence)
+            sums = Checksums(chunk_crcs(data), crc32c(data[: header.schema_bytes]))
             with self._changed:
                 self._having(memory.rank, snapshot, State.WRITING).make_local(snapshot.sequence, sums)
         finally:
             with self._changed:
                 self._completing.discard((memory.rank, snapshot))
                 self._changed.notify_all()
-        self._coder.code(self, memory.rank, snapshot)
+        self._submit(self._coders, memory.rank, self._coder.code, self, memory.rank, snapshot)
 
     def _verify(self, memory: RankMemory) -> None:
         for index in range(len(memory.slots.slots)):
-            before = memory.slots.slots[index].snapshot
-            found = memory.look(index)
             with self._changed:
-                if memory.slots.slots[index].snapshot == before:
+                header = memory.headers.get(index)
+                if header is None or header.state < State.LOCAL:
+                    continue
+                if memory.mend_header(index):
+                    _LOG.error("rank %d: the header of %s was damaged: mended", memory.rank, header.snapshot)
+            found = damage(memory.region.view, index, header)
+            with self._changed:
+                if index in memory.headers and memory.headers[index].snapshot == header.snapshot:
                     memory.damaged[index] = found
         with self._changed:
             if self._ranks.get(memory.rank) is memory:
@@ -307,19 +299,21 @@ class Store:
         for rank, slots in self.members().items():
             for slot in slots.slots:
                 if slot.snapshot and State.LOCAL <= slot.state < State.GLOBAL:
-                    self._submit(self._coder.code, self, rank, slot.snapshot)
+                    self._submit(self._coders, rank, self._coder.code, self, rank, slot.snapshot)
 
-    def _submit(self, job: Callable[..., None], *arguments: object) -> None:
-        def run() -> None:
-            try:
-                job(*arguments)
-            except SnapshotRefused as refused:  # given up meanwhile
-                _LOG.info("%s: %s", job.__name__, refused)
-            except Exception:
-                _LOG.exception("%s failed", job.__name__)
-                raise
+    def _submit(self, pool: ThreadPoolExecutor, rank: int, job: Callable[..., None], *arguments: object) -> None:
+        """Run it in the background; ``reduced`` tells what it raises until a snapshot is GLOBAL again."""
 
-        self._workers.submit(run)
+        def ended(future: Future[None]) -> None:
+            error = None if future.cancelled() else future.exception()
+            if isinstance(error, SnapshotRefused):  # given up meanwhile
+                _LOG.info("rank %d: %s", rank, error)
+            elif error is not None:
+                _LOG.error("rank %d: a snapshot stays as it is", rank, exc_info=error)
+                with self._changed:
+                    self._failed[rank] = f"{type(error).__name__}: {error}"
+
+        pool.submit(job, *arguments).add_done_callback(ended)
 
     def _having(self, rank: int, snapshot: Snapshot, least: State = State.LOCAL) -> RankMemory:
         memory = self.memory(rank)
