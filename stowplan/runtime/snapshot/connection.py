@@ -44,7 +44,7 @@ class Connection:
     def ask(
         self,
         request: Request,
-        kind: type[_Kind],
+        kind: type[_Kind] | tuple[type[_Kind], ...],
         descriptors: Sequence[int] = (),
         timeout_seconds: float | None = _ANSWER_SECONDS,
     ) -> tuple[_Kind, list[int]]:
@@ -80,8 +80,8 @@ class Connection:
         except OSError as error:
             self._socket.close()
             raise SnapshotProcessUnavailable(
-                f"the memory process does not answer {type(request).__name__}: {error or type(error).__name__}. Training "
-                f"can go on; start it again and adopt the memory to have snapshots.{_last_lines(self._files.log)}"
+                f"the memory process does not answer {type(request).__name__}: {error!r}. "
+                f"Training can go on; start it again and adopt the memory.{_last_lines(self._files.log)}"
             ) from error
         return messages.answer_from_plain(plain), received
 
@@ -125,15 +125,12 @@ def start_or_connect(
         _check_time(until, run, node)
         time.sleep(_RETRY_SECONDS)
     try:
-        with contextlib.suppress(SnapshotProcessUnavailable):
-            return connect(run, node, generation, directory)
-        _start(run, node, generation, num_ranks, directory, idle_seconds)
         while True:
-            try:
+            with contextlib.suppress(SnapshotProcessUnavailable):
                 return connect(run, node, generation, directory)
-            except SnapshotProcessUnavailable:
-                _check_time(until, run, node)
-                time.sleep(_RETRY_SECONDS)
+            _check_time(until, run, node)
+            _start(run, node, generation, num_ranks, directory, idle_seconds)  # does nothing while one is ending
+            time.sleep(_RETRY_SECONDS)
     finally:
         lock.release()
 
