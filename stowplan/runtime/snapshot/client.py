@@ -13,6 +13,7 @@ mapped here, and ``adopt`` gives it to a new process.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from stowplan.core.errors import InvalidArgument, SnapshotRefused, UnrecoverableSnapshot
+from stowplan.core.errors import InvalidArgument, SnapshotProcessUnavailable, SnapshotRefused, UnrecoverableSnapshot
 from stowplan.runtime.snapshot import messages
 from stowplan.runtime.snapshot.codes.kernels import as_bytes
 from stowplan.runtime.snapshot.connection import Connection, start_or_connect
@@ -201,12 +202,17 @@ class SnapshotClient:
     def end(self) -> None:
         """End the memory process; its memory is gone once all who have it mapped let go of it."""
         self._connection.ask(messages.End(), Done)
+        self._connection.close()
         self.close()
 
     def close(self) -> None:
-        """Unmap the memory and disconnect; snapshots stay in the memory process."""
-        if self._region is not None:
-            self._region.close()
+        """Unmap the memory and disconnect; snapshots stay in the memory process.
+
+        While parts of a payload are still held, the memory stays mapped, and no other process may write it.
+        """
+        if self._region is not None and self._region.close():
+            with contextlib.suppress(SnapshotProcessUnavailable, SnapshotRefused):  # gone, or fenced off
+                self._connection.ask(messages.Detach(self.rank), Done)
             self._region = None
         self._connection.close()
 

@@ -124,14 +124,15 @@ class Region:
                     self.num_bytes,
                 )
 
-    def close(self) -> None:
-        """Give up descriptor and mapping; slices of ``view`` that are still held keep the mapping until they go."""
+    def close(self) -> bool:
+        """Give up descriptor and mapping; slices of ``view`` that are still held keep the mapping: then it is False."""
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1
             self.view.release()
-            with contextlib.suppress(BufferError):
-                self._mapping.close()
+        with contextlib.suppress(BufferError):
+            self._mapping.close()
+        return self._mapping.closed
 
 
 def _advise(mapping: mmap.mmap, begin: int, length: int, advice: int) -> int:

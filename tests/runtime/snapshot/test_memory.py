@@ -52,9 +52,10 @@ def test_it_lives_as_long_as_one_descriptor(region):
 def test_views_survive_closing(region):
     region.view[1] = 3
     held = region.view[:2]
-    region.close()
+    assert not region.close()
     assert held[1] == 3
-    region.close()
+    held.release()
+    assert region.close()
 
 
 def test_forked_children_do_not_have_the_mapping(region):

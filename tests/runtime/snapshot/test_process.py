@@ -31,6 +31,11 @@ def eventually(condition):
         time.sleep(0.01)
 
 
+def ended(process):
+    """Also where nobody has reaped it yet."""
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
 def check_restorable(client, sequences):
     """The newest restorable snapshot is one of ``sequences``, and every one that can be read has its own bytes."""
     slots = [slot for slot in client.inspect() if slot.state >= State.LOCAL]
@@ -59,9 +64,8 @@ def test_it_is_nobody_s_child_in_a_session_of_its_own_without_torch(clients, dir
 
 
 def test_there_is_one_for_each_run_and_node_whoever_starts_it(trainers, directory):
-    started = [trainers(rank, 4) for rank in range(4)]
-    for trainer in started:
-        trainer.until("GLOBAL")
+    for trainer in [trainers(rank, 4) for rank in range(4)]:
+        trainer.until("READY")
     pid = process_of(directory)
     command = ["--run", RUN, "--node", "local", "--num-ranks", "4", "--directory", str(directory)]
     subprocess.run([sys.executable, "-m", "stowplan.runtime.snapshot.process", *command], check=True)
@@ -92,7 +96,7 @@ def test_it_ends_on_request_and_leaves_only_its_log(clients, directory):
     client.reserve(RESERVED_BYTES)
     process = psutil.Process(process_of(directory))
     client.end()
-    process.wait(60)
+    eventually(lambda: ended(process))
     assert [path.name for path in directory.iterdir()] == [f"{RUN}@local.log"]
     with pytest.raises(SnapshotProcessUnavailable, match="told to"):
         connect(RUN, "local", directory=directory)
@@ -102,16 +106,16 @@ def test_it_ends_by_sigterm(clients, directory):
     clients()
     process = psutil.Process(process_of(directory))
     process.terminate()
-    process.wait(60)
+    eventually(lambda: ended(process))
 
 
 def test_it_ends_when_nobody_was_connected_for_long(clients, directory):
     client = clients(idle_seconds=0.3)
     process = psutil.Process(process_of(directory))
     time.sleep(1)
-    assert process.is_running(), "somebody is connected"
+    assert not ended(process), "somebody is connected"
     client.close()
-    process.wait(60)
+    eventually(lambda: ended(process))
     assert "nobody was connected for 0.3 s" in (directory / f"{RUN}@local.log").read_text()
 
 
@@ -177,7 +181,7 @@ def test_training_goes_on_and_redundancy_is_reduced_until_all_ranks_have_given_t
     assert first.status().reduced == ()
     process = psutil.Process(process_of(directory))
     process.kill()
-    eventually(lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE)
+    eventually(lambda: ended(process))
     with pytest.raises(SnapshotProcessUnavailable, match="Training can go on"):
         write(first, 2)
     first.adopt()

@@ -35,7 +35,7 @@ def say(word: str, sequence: int = 0) -> None:
 
 def train(client: SnapshotClient, rank: int) -> None:
     status = client.status()
-    sequence = max((slot.sequence for each in status.ranks for slot in each.slots), default=0)
+    sequence = max((slot.sequence for each in status.ranks if each.rank == rank for slot in each.slots), default=0)
     while True:
         sequence += 1
         source = content(rank, sequence)
