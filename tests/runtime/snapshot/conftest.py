@@ -10,16 +10,24 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from stowplan.core.errors import SnapshotProcessUnavailable, SnapshotRefused
-from stowplan.runtime.snapshot import messages
 from stowplan.runtime.snapshot.client import SnapshotClient
 from stowplan.runtime.snapshot.connection import connect
 
 RUN = "job-1"
+
+
+def eventually(condition):
+    """Wait until it holds."""
+    until = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.01)
 
 
 class Trainer:
@@ -110,17 +118,3 @@ def clients(directory):
     yield make
     for client in made:
         client.close()
-
-
-@pytest.fixture
-def observer(directory):
-    """Asks for the status without being a rank."""
-    opened = []
-
-    def look():
-        opened.append(connect(RUN, "local", directory=directory))
-        return opened[-1].ask(messages.GetStatus(), messages.Status)[0]
-
-    yield look
-    for connection in opened:
-        connection.close()

@@ -20,15 +20,8 @@ from stowplan.runtime.snapshot.client import Writing, give_back, hold
 from stowplan.runtime.snapshot.connection import connect
 from stowplan.runtime.snapshot.process import main
 from stowplan.runtime.snapshot.slots import State
-from tests.runtime.snapshot.conftest import RUN, process_of
+from tests.runtime.snapshot.conftest import RUN, eventually, process_of
 from tests.runtime.snapshot.trainer import NUM_BYTES, RESERVED_BYTES, SCHEMA, content
-
-
-def eventually(condition):
-    until = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.01)
 
 
 def ended(process):
