@@ -106,9 +106,9 @@ class Store:
         with self._changed:
             memory = self.memory(rank)
             memory.slots.check(snapshot.generation)
-            for slot in memory.slots.slots:
-                if slot.pending:
-                    return Skipped(slot.sequence, slot.state)
+            if memory.slots.free is None:
+                late = next(slot for slot in memory.slots.slots if slot.pending)
+                return Skipped(late.sequence, late.state)
             return Begun(memory.begin(snapshot, data_bytes, schema_bytes))
 
     def written(self, rank: int, sequence: int) -> None:
