@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
+import stowplan
 from stowplan.core.errors import SnapshotMemoryUnavailable, SnapshotProcessUnavailable, SnapshotRefused
 from stowplan.runtime.snapshot import messages, protocol
 from stowplan.runtime.snapshot.locks import FileLock
@@ -26,6 +27,10 @@ _START_SECONDS = 60.0
 _ANSWER_SECONDS = 60.0
 _RETRY_SECONDS = 0.05
 _LOG_LINES = 5
+# As -m would, but with nothing of the current directory in the way of the standard library.
+_STARTER = (
+    "import sys; sys.path.append(sys.argv.pop(1)); from stowplan.runtime.snapshot.process import main; sys.exit(main())"
+)
 
 
 class Connection:
@@ -137,9 +142,9 @@ def start_or_connect(
 
 def _start(run: str, node: str, generation: int, num_ranks: int, directory: Path, idle_seconds: float) -> None:
     command = [
-        sys.executable, "-m", "stowplan.runtime.snapshot.process", "--run", run, "--node", node, "--num-ranks",
-        str(num_ranks), "--generation", str(generation), "--idle-seconds", str(idle_seconds), "--directory",
-        str(directory.absolute()),
+        sys.executable, "-P", "-c", _STARTER, str(Path(stowplan.__file__).parents[1]), "--run", run, "--node", node,
+        "--num-ranks", str(num_ranks), "--generation", str(generation), "--idle-seconds", str(idle_seconds),
+        "--directory", str(directory.absolute()),
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # NumPy's pools would be of no use there
     try:

@@ -9,11 +9,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import select
 import socket
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from stowplan.core.errors import InvalidArgument, SnapshotMemoryUnavailable, SnapshotRefused
@@ -22,62 +21,29 @@ from stowplan.runtime.snapshot.layout import Geometry
 from stowplan.runtime.snapshot.memory import Region
 from stowplan.runtime.snapshot.messages import Answer, Request
 from stowplan.runtime.snapshot.rank_memory import RankMemory
-from stowplan.runtime.snapshot.slots import Snapshot
+from stowplan.runtime.snapshot.slots import Snapshot, State
 from stowplan.runtime.snapshot.store import Store
+from stowplan.runtime.snapshot.writers import Session, Writers
 
 __all__ = ["Server"]
 
 _LOG = logging.getLogger(__name__)
 _MOST_CONNECTIONS = 256
 _LOOK_SECONDS = 0.2  # how often it is looked whether the process is to end
-_PATIENCE_SECONDS = 5.0  # for a writer that is about to end
+_HANG_UP_SECONDS = 1.0  # how often it is looked whether somebody who waits is still there
 _LONGEST_WAIT_SECONDS = 3600.0
 
 
-class _Writer:
-    """The one process that may write a rank's memory, for as long as it may still have it mapped."""
-
-    def __init__(self, peer: protocol.Peer, session: _Session) -> None:
-        self.pid, self.session = peer.pid, session
-        self._lock = threading.Lock()
-        self._detached = False
-        self._process: int | None = None
-        with contextlib.suppress(OSError):  # of another namespace, or gone
-            self._process = os.pidfd_open(peer.pid)
-
-    def gone(self, timeout_seconds: float) -> bool:
-        """Whether it has detached, or has ended; waits for that."""
-        until = time.monotonic() + timeout_seconds
-        while not self._ended():
-            if time.monotonic() > until:
-                return False
-            time.sleep(_LOOK_SECONDS / 10)
-        return True
-
-    def detach(self) -> None:
-        """It has unmapped the memory, or has ended."""
-        with self._lock:
-            self._detached = True
-            if self._process is not None:
-                os.close(self._process)
-                self._process = None
-
-    def _ended(self) -> bool:
-        with self._lock:
-            if self._detached or self._process is None:
-                return self._detached or self.session.closed
-            return bool(select.select([self._process], [], [], 0)[0])
-
-
 @dataclass(eq=False)
-class _Session:
-    """One connection: what it said in Hello."""
-
-    connection: socket.socket
-    peer: protocol.Peer
-    generation: int | None = None
+class _Conversation(Session):
+    connection: socket.socket = field(kw_only=True)
     greeted: bool = False
-    closed: bool = False
+
+    def hung_up(self) -> bool:
+        """Whether the peer has closed the connection, or ended, while it was waiting for an answer."""
+        with contextlib.suppress(BlockingIOError):
+            return not self.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        return False
 
 
 @dataclass(frozen=True)
@@ -93,9 +59,9 @@ class Server:
         self.store, self.node, self.idle_seconds = store, node, idle_seconds
         self._path = path
         self._stop = threading.Event()
+        self._writers = Writers()
         self._lock = threading.Lock()  # of the two below
-        self._sessions: set[_Session] = set()
-        self._writers: dict[int, _Writer] = {}
+        self._sessions: set[_Conversation] = set()
         self._busy_at = time.monotonic()
         path.unlink(missing_ok=True)  # of a process that was killed: whoever calls has the lock
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -131,7 +97,7 @@ class Server:
 
     def _accept(self, connection: socket.socket) -> None:
         connection.settimeout(None)
-        session = _Session(connection, protocol.peer_of(connection))
+        session = _Conversation(protocol.peer_of(connection), connection=connection)
         with self._lock:
             full = len(self._sessions) >= _MOST_CONNECTIONS
             if not full:
@@ -146,7 +112,7 @@ class Server:
             return
         threading.Thread(target=self._converse, args=(session,), daemon=True, name=f"peer-{session.peer.pid}").start()
 
-    def _converse(self, session: _Session) -> None:
+    def _converse(self, session: _Conversation) -> None:
         last: Answer | None = None
         try:
             while True:
@@ -166,7 +132,7 @@ class Server:
         finally:
             self._end(session, last)
 
-    def _end(self, session: _Session, last: Answer | None) -> None:
+    def _end(self, session: _Conversation, last: Answer | None) -> None:
         if last is not None:
             with contextlib.suppress(OSError):
                 protocol.send(session.connection, messages.message_to_plain(last))
@@ -175,16 +141,17 @@ class Server:
         with self._lock:
             self._sessions.discard(session)
             self._busy_at = time.monotonic()
-            ranks = [rank for rank, writer in self._writers.items() if writer.session is session]
-        for rank in ranks:
+        for rank in self._writers.ranks_of(session):
             self.store.abandon_unwritten(rank)
 
     # ---- answers ---------------------------------------------------------------------------------------------------
-    def _answered(self, session: _Session, plain: object, descriptors: list[int]) -> Answer | _WithDescriptor:
+    def _answered(self, session: _Conversation, plain: object, descriptors: list[int]) -> Answer | _WithDescriptor:
         try:
             request = messages.request_from_plain(plain)
             self._check(session, request)
-            if isinstance(request, messages.Adopt) and descriptors:
+            if isinstance(request, messages.Adopt):
+                if not descriptors:
+                    raise SnapshotRefused("malformed", "Adopt has to come with a descriptor.")
                 return self._adopt(session, request, descriptors.pop(0))
             return self._answer(session, request)
         except SnapshotRefused as refused:
@@ -196,13 +163,13 @@ class Server:
         finally:
             protocol.close_all(descriptors)
 
-    def _check(self, session: _Session, request: Request) -> None:
+    def _check(self, session: _Conversation, request: Request) -> None:
         if not session.greeted and not isinstance(request, messages.Hello):
             raise SnapshotRefused("order", "the first message of a connection has to be Hello.")
         if session.generation is not None and not isinstance(request, messages.RaiseGeneration):
             self.store.check(session.generation)
 
-    def _answer(self, session: _Session, request: Request) -> Answer | _WithDescriptor:
+    def _answer(self, session: _Conversation, request: Request) -> Answer | _WithDescriptor:
         """Of requests for which it matters who sends them."""
         match request:
             case messages.Hello():
@@ -212,36 +179,34 @@ class Server:
                 if request.write:
                     self._claim(session, request.rank)
                 return _WithDescriptor(_attached(memory), memory.region.descriptor)
-            case messages.Adopt():
-                raise SnapshotRefused("malformed", "Adopt has to come with a descriptor.")
             case messages.Detach():
-                self._release(session, request.rank)
+                if self._writers.release(request.rank, session):
+                    self.store.abandon_unwritten(request.rank)
             case messages.Begin():
-                generation = self._check_writer(session, request.rank)
+                generation = self._writers.generation(request.rank, session)
                 snapshot = Snapshot(generation, request.sequence, request.step)
                 return self.store.begin(request.rank, snapshot, request.data_bytes, request.schema_bytes)
             case messages.Written():
-                self._check_writer(session, request.rank)
+                self._writers.generation(request.rank, session)
                 self.store.written(request.rank, request.sequence)
             case messages.Abandon():
-                self._check_writer(session, request.rank)
+                self._writers.generation(request.rank, session)
                 self.store.abandon(request.rank, request.sequence)
             case messages.RaiseGeneration():
                 self.store.raise_generation(request.generation)
                 if session.generation is not None:
                     session.generation = request.generation
             case _:
-                return self._answer_anybody(request)
+                return self._answer_anybody(session, request)
         return messages.Done()
 
-    def _answer_anybody(self, request: Request) -> Answer:
+    def _answer_anybody(self, session: _Conversation, request: Request) -> Answer:
         match request:
             case messages.Reserve():
                 geometry = Geometry(request.data_bytes, request.parity_bytes)
                 return _attached(self.store.reserve(request.rank, geometry, request.coding))
             case messages.Await():
-                patience = min(request.timeout_seconds, _LONGEST_WAIT_SECONDS)
-                return messages.Waited(self.store.wait(request.rank, request.sequence, request.state, patience))
+                return self._wait(session, request)
             case messages.Inspect():
                 return messages.Inspected(self.store.inspect(request.rank))
             case messages.RollBack():
@@ -253,7 +218,7 @@ class Server:
                 self.stop()
         return messages.Done()
 
-    def _greet(self, session: _Session, hello: messages.Hello) -> Answer:
+    def _greet(self, session: _Conversation, hello: messages.Hello) -> Answer:
         if hello.version != messages.PROTOCOL_VERSION:
             raise SnapshotRefused(
                 "version",
@@ -269,7 +234,7 @@ class Server:
         session.generation, session.greeted = hello.generation, True
         return messages.Welcome(self.store.run, self.node, self.store.generation, os.getpid())
 
-    def _adopt(self, session: _Session, request: messages.Adopt, descriptor: int) -> Answer:
+    def _adopt(self, session: _Conversation, request: messages.Adopt, descriptor: int) -> Answer:
         region = Region.received(descriptor)
         try:
             geometry = Geometry(request.data_bytes, request.parity_bytes)
@@ -281,56 +246,26 @@ class Server:
 
     def _status(self) -> Answer:
         store = self.store
-        with store.exclusive(), self._lock:
-            ranks = tuple(
-                store.memory(rank).status(writer.pid if writer and not writer.gone(0) else None)
-                for rank in store.members()
-                for writer in [self._writers.get(rank)]
-            )
+        with store.exclusive():
+            ranks = tuple(store.memory(rank).status(self._writers.pid(rank)) for rank in store.members())
             return messages.Status(
                 store.run, self.node, os.getpid(), store.generation, store.num_ranks, store.global_sequence(),
                 store.reduced(), ranks,
             )  # fmt: skip
 
-    # ---- writers ---------------------------------------------------------------------------------------------------
-    def _claim(self, session: _Session, rank: int) -> None:
-        if session.generation is None:
-            raise SnapshotRefused("generation", "an observer cannot write: say a generation in Hello.")
-        with self._lock:
-            before = self._writers.get(rank)
-        if (
-            before is not None
-            and (before.pid != session.peer.pid or not before.pid)
-            and not before.gone(_PATIENCE_SECONDS)
-        ):
-            raise SnapshotRefused(
-                "busy",
-                f"process {before.pid} still has rank {rank}'s memory mapped and could write into it: end it.",
-            )
-        with self._lock:
-            if self._writers.get(rank) is not before:
-                raise SnapshotRefused("busy", f"another process has just attached rank {rank}'s memory.")
-            if before is not None:
-                before.detach()
-            self._writers[rank] = _Writer(session.peer, session)
-        if before is not None:
-            self.store.abandon_unwritten(rank)
+    def _claim(self, session: _Conversation, rank: int) -> None:
+        self._writers.claim(rank, session)
+        self.store.abandon_unwritten(rank)  # what a former writer has left, also this process's own
 
-    def _release(self, session: _Session, rank: int) -> None:
-        with self._lock:
-            writer = self._writers.get(rank)
-            if writer is None or writer.session is not session:
-                return
-            writer.detach()
-            del self._writers[rank]
-        self.store.abandon_unwritten(rank)
-
-    def _check_writer(self, session: _Session, rank: int) -> int:
-        with self._lock:
-            writer = self._writers.get(rank)
-        if writer is None or writer.session is not session or session.generation is None:
-            raise SnapshotRefused("order", f"rank {rank}'s memory has to be attached for writing by this connection.")
-        return session.generation
+    def _wait(self, session: _Conversation, request: messages.Await) -> Answer:
+        until = time.monotonic() + min(request.timeout_seconds, _LONGEST_WAIT_SECONDS)
+        while True:
+            patience = max(0.0, min(until - time.monotonic(), _HANG_UP_SECONDS))
+            state = self.store.wait(request.rank, request.sequence, request.state, patience)
+            if state is State.FREE or state >= request.state or time.monotonic() >= until:
+                return messages.Waited(state)
+            if session.hung_up():
+                raise protocol.Closed("the connection was closed while waiting")
 
 
 def _attached(memory: RankMemory) -> messages.Attached:

@@ -64,7 +64,7 @@ def test_there_is_one_for_each_run_and_node_whoever_starts_it(trainers, director
     subprocess.run([sys.executable, "-m", "stowplan.runtime.snapshot.process", *command], check=True)
     assert process_of(directory) == pid
     ours = [each for each in psutil.process_iter(["cmdline"]) if str(directory) in (each.info["cmdline"] or [])]
-    assert [each.pid for each in ours if "stowplan.runtime.snapshot.process" in each.info["cmdline"]] == [pid]
+    assert [each.pid for each in ours if "--run" in each.info["cmdline"]] == [pid]
 
 
 def test_it_outlives_the_process_group_of_its_starter(directory, clients):
@@ -162,6 +162,16 @@ def test_its_memory_is_not_another_s_until_it_has_ended(clients, trainers, direc
     trainer.process.wait()
     client.reserve(RESERVED_BYTES)
     check_restorable(client, {trainer.last("GLOBAL"), trainer.last("COMMIT"), trainer.last("COMMIT") + 1})
+
+
+def test_who_is_killed_while_waiting_does_not_keep_the_process(clients, trainers, directory):
+    client = clients(1, num_ranks=2, idle_seconds=0.3)
+    process = psutil.Process(process_of(directory))
+    trainer = trainers(0, 2)
+    trainer.until("COMMIT")  # then it waits a minute for the other rank
+    trainer.kill()
+    client.close()
+    eventually(lambda: ended(process))
 
 
 # ---- the memory process is lost ------------------------------------------------------------------------------------
