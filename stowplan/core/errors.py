@@ -20,7 +20,10 @@ StowplanError
 ├── NoGradients (also a RuntimeError)       a cross entropy in chunks goes backward once, without second derivatives
 ├── PlanRejected                            our own simulator contradicts the plan: a bug of ours
 ├── ReplayMismatch (also a RuntimeError)    a recomputed value cannot be what the forward pass had
-└── UnrecoverableSnapshot                   more of a snapshot is lost than its code stands; names what
+├── UnrecoverableSnapshot                   more of a snapshot is lost than its code stands; names what
+├── SnapshotMemoryUnavailable (also a MemoryError) the host has not the memory that snapshots take, or not the kind
+├── SnapshotProcessUnavailable (also a ConnectionError) the memory process cannot be started or reached, or is gone
+└── SnapshotRefused                         the memory process does not do what was asked; ``reason`` is a word for why
 """
 
 from __future__ import annotations
@@ -45,6 +48,9 @@ __all__ = [
     "PlanMismatch",
     "PlanRejected",
     "ReplayMismatch",
+    "SnapshotMemoryUnavailable",
+    "SnapshotProcessUnavailable",
+    "SnapshotRefused",
     "SolverFailed",
     "StowplanError",
     "UnrecoverableSnapshot",
@@ -268,3 +274,41 @@ class UnrecoverableSnapshot(StowplanError):
 
     def __reduce__(self) -> tuple[type[UnrecoverableSnapshot], tuple[tuple[str, ...], str, str]]:
         return type(self), (self.lost, self.stands, self.advice)
+
+
+class SnapshotMemoryUnavailable(StowplanError, MemoryError):
+    """The host cannot give snapshots their memory; known before training starts.
+
+    Attributes:
+        problem: what is the matter, and what to do.
+        needed_bytes: what snapshots take on this host.
+        available_bytes: what there is; None where the amount is not what is wrong.
+    """
+
+    def __init__(self, problem: str, needed_bytes: int, available_bytes: int | None = None) -> None:
+        self.problem, self.needed_bytes, self.available_bytes = problem, needed_bytes, available_bytes
+        super().__init__(problem)
+
+    def __reduce__(self) -> tuple[type[SnapshotMemoryUnavailable], tuple[str, int, int | None]]:
+        return type(self), (self.problem, self.needed_bytes, self.available_bytes)
+
+
+class SnapshotProcessUnavailable(StowplanError, ConnectionError):
+    """The memory process of snapshots cannot be started or reached, or has gone; training can go on without it."""
+
+
+class SnapshotRefused(StowplanError):
+    """The memory process of snapshots, or its client, refuses; nothing has changed.
+
+    Attributes:
+        reason: one word for programs: "user", "version", "run", "generation", "busy", "malformed", "order", "size",
+            "unknown" or "unsafe".
+        problem: what was given, what is allowed, what to do.
+    """
+
+    def __init__(self, reason: str, problem: str) -> None:
+        self.reason, self.problem = reason, problem
+        super().__init__(problem)
+
+    def __reduce__(self) -> tuple[type[SnapshotRefused], tuple[str, str]]:
+        return type(self), (self.reason, self.problem)
