@@ -34,6 +34,8 @@ if TYPE_CHECKING:
         ReplayMismatch,
         SolverFailed,
         StowplanError,
+        InvalidSnapshot,
+        SnapshotMismatch,
         UnrecoverableSnapshot,
         UnsupportedModel,
     )
@@ -87,6 +89,8 @@ __all__ = [
     "Schedule",
     "SolverFailed",
     "StowplanError",
+    "InvalidSnapshot",
+    "SnapshotMismatch",
     "UnrecoverableSnapshot",
     "UnsupportedModel",
     "__version__",

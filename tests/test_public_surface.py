@@ -46,6 +46,8 @@ NAMES = [
     "Schedule",
     "SolverFailed",
     "StowplanError",
+    "InvalidSnapshot",
+    "SnapshotMismatch",
     "UnrecoverableSnapshot",
     "UnsupportedModel",
     "__version__",

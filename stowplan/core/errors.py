@@ -20,7 +20,9 @@ StowplanError
 ├── NoGradients (also a RuntimeError)       a cross entropy in chunks goes backward once, without second derivatives
 ├── PlanRejected                            our own simulator contradicts the plan: a bug of ours
 ├── ReplayMismatch (also a RuntimeError)    a recomputed value cannot be what the forward pass had
-└── UnrecoverableSnapshot                   more of a snapshot is lost than its code stands; names what
+├── UnrecoverableSnapshot                   more of a snapshot is lost than its code stands; names what
+├── InvalidSnapshot                         a snapshot's schema or copy on disk that cannot be read
+└── SnapshotMismatch                        a snapshot is of another training; names every difference
 """
 
 from __future__ import annotations
@@ -39,12 +41,14 @@ __all__ = [
     "InvalidProblemFile",
     "InvalidSchedule",
     "InvalidSize",
+    "InvalidSnapshot",
     "MissingDependency",
     "NoGradients",
     "NoLogits",
     "PlanMismatch",
     "PlanRejected",
     "ReplayMismatch",
+    "SnapshotMismatch",
     "SolverFailed",
     "StowplanError",
     "UnrecoverableSnapshot",
@@ -268,3 +272,30 @@ class UnrecoverableSnapshot(StowplanError):
 
     def __reduce__(self) -> tuple[type[UnrecoverableSnapshot], tuple[tuple[str, ...], str, str]]:
         return type(self), (self.lost, self.stands, self.advice)
+
+
+class InvalidSnapshot(StowplanError):
+    """A snapshot's schema, or a copy of it on disk, is damaged, incomplete or of another version."""
+
+
+class SnapshotMismatch(StowplanError):
+    """A snapshot does not fit the training that it is to be restored into; nothing has been changed.
+
+    Attributes:
+        problems: every difference, each by name.
+    """
+
+    _SHOWN = 12
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        shown = [f"\n  {problem}" for problem in self.problems[: self._SHOWN]]
+        if len(self.problems) > self._SHOWN:
+            shown.append(f"\n  and {len(self.problems) - self._SHOWN} more")
+        super().__init__(
+            "the snapshot is of another training than the one that it is to be restored into (nothing has been "
+            "changed); build model, optimizer and the rest as they were when it was taken:" + "".join(shown)
+        )
+
+    def __reduce__(self) -> tuple[type[SnapshotMismatch], tuple[tuple[str, ...]]]:
+        return type(self), (self.problems,)
