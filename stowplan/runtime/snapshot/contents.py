@@ -87,6 +87,26 @@ class Contents:
         """One of ``OWN_PARTS`` with tensors of its own."""
         return self.decoder.decode(self.nodes[part], part)
 
+    def own_leaves(self) -> list[Leaf]:
+        """Tensors that a checkpoint of torch has no name for, each once: of ``OWN_PARTS``, options, extra states."""
+        shared = {leaf.offset for leaf in self.shared_leaves().values()}
+        named = [leaf for part in ("model", "optimizer") for leaf in self._leaves(self.nodes[part], part)]
+        found = [leaf for leaf in named if leaf.offset not in shared]
+        found += [leaf for part in OWN_PARTS for leaf in self._leaves(self.nodes[part], part)]
+        return list({leaf.offset: leaf for leaf in found if leaf.num_bytes}.values())
+
+    def _leaves(self, node: Any, path: str) -> Iterator[Leaf]:
+        """All leaves below a node. Keys of JSON objects are tags, as a value's own dictionaries are lists of pairs."""
+        if isinstance(node, list):
+            for member in node:
+                yield from self._leaves(member, path)
+        elif isinstance(node, dict):
+            for tag, content in node.items():
+                if tag in ("tensor", "array", "generator"):
+                    yield self.decoder.leaf(content if tag == "tensor" else content[1], path)
+                else:
+                    yield from self._leaves(content, path)
+
     def shared_leaves(self) -> dict[str, Leaf]:
         """Tensors of models and optimizers by the names that they have in a checkpoint of torch."""
         found = {f"model.{name}": leaf for name, leaf in self.model.items() if isinstance(leaf, Leaf)}

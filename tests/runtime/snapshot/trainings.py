@@ -113,7 +113,7 @@ class Training:
         return losses
 
     def fingerprint(self) -> dict[str, bytes]:
-        """Every bit of parameters, buffers and optimizer states that this rank has, and the generators' next numbers."""
+        """Every bit of parameters, buffers and optimizer states that this rank has, and the next random numbers."""
         found = {name: raw(tensor) for name, tensor in self.model.state_dict().items()}
         for index, (parameter, state) in enumerate(self.optimizer.state.items()):
             found |= {f"{index}.{tuple(parameter.shape)}.{key}": raw(value) for key, value in state.items()}
