@@ -8,8 +8,8 @@
         COMPLETE                      JSON: step, world size, bytes and CRC-32C of every file
       step_000000000240.partial-1/    being written; 1 is the attempt
 
-A rank's file is written under another name, synced and renamed; its JSON comes last, so a part is there or it is not.
-The process with rank 0's part waits for the others, writes ``.metadata`` and COMPLETE, syncs, and renames the directory.
+A rank's JSON comes last, written under another name, synced and renamed: so a part is there or it is not.
+The process with rank 0's part waits for the others, writes ``.metadata`` and COMPLETE, syncs, and renames it all.
 """
 
 from __future__ import annotations

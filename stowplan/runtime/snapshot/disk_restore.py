@@ -6,6 +6,7 @@ import json
 import mmap
 from pathlib import Path
 
+import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from stowplan.core.errors import InvalidSnapshot
@@ -44,7 +45,7 @@ def restore_from_disk(path: str | Path, into: TrainingState, *, check: bool = Tr
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InvalidSnapshot(f"{path} is no complete copy: {error}. Take an older one.") from error
     reader = FileSystemReader(path)
-    own = {}
+    own: dict[str, torch.Tensor] = {}
     for contents in map(Contents.of, pieces):
         own |= {own_name(contents.rank, leaf): contents.decoder.view(leaf) for leaf in contents.own_leaves()}
     load_tensors(own, reader)

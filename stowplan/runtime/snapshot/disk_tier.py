@@ -79,7 +79,7 @@ class DiskTier:
             return self._status
 
     def offer(self, pieces: Sequence[Piece], release: Callable[[], object] | None = None) -> bool:
-        """Begin to write this node's pieces, all of one step; False if the copy before is not done: this one is skipped.
+        """Begin to write this node's pieces, all of one step; False: the copy before is not done, skipped.
 
         Args:
             pieces: their buffers must stay as they are until ``release`` is called.

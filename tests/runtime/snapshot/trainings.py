@@ -60,14 +60,14 @@ class Net(nn.Module):
 class Training:
     """One rank's training."""
 
-    def __init__(self, rank: int = 0, world_size: int = 1, *, sharded: bool = False, optimizer: str = "adamw") -> None:
+    def __init__(self, rank: int = 0, *, mesh: tuple[int, ...] = (), optimizer: str = "adamw") -> None:
         torch.manual_seed(0)
         self.model: nn.Module = Net()
-        if sharded:
-            mesh = init_device_mesh("cpu", (world_size,))
+        if mesh:
+            devices = init_device_mesh("cpu", mesh)
             for module in (self.model.middle, self.model.last):
-                fully_shard(module, mesh=mesh)
-            fully_shard(self.model, mesh=mesh)
+                fully_shard(module, mesh=devices)
+            fully_shard(self.model, mesh=devices)
         for generator, seed in ((torch.manual_seed, 100), (random.seed, 200), (np.random.seed, 300)):
             generator(seed + rank)
         decayed = [p for p in self.model.parameters() if p.dim() > 1]
@@ -120,6 +120,15 @@ class Training:
         found["lr"] = repr([group["lr"] for group in self.optimizer.param_groups]).encode()
         found["scale"] = repr(self.scaler.state_dict()).encode()
         found["next"] = repr((random.random(), np.random.rand(), torch.rand(3).tolist())).encode()
+        return found
+
+    def whole(self) -> dict[str, bytes]:
+        """Every bit of parameters and optimizer states, by name, however they are sharded; a collective."""
+        found = {}
+        for name, parameter in self.model.named_parameters():
+            states = {f"{name}.{key}": value for key, value in self.optimizer.state[parameter].items()}
+            for path, tensor in ((name, parameter), *states.items()):
+                found[path] = raw(tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor)
         return found
 
 
