@@ -64,7 +64,7 @@ class Training:
         torch.manual_seed(0)
         self.model: nn.Module = Net()
         if mesh:
-            devices = init_device_mesh("cpu", mesh)
+            devices = init_device_mesh("cpu", mesh, mesh_dim_names=("replicate", "shard")[-len(mesh) :])
             for module in (self.model.middle, self.model.last):
                 fully_shard(module, mesh=devices)
             fully_shard(self.model, mesh=devices)
