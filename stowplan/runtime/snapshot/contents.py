@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from stowplan.core.errors import InvalidSnapshot
+from stowplan.runtime.snapshot.leaf import Leaf
 from stowplan.runtime.snapshot.modules import EXTRA_STATE
-from stowplan.runtime.snapshot.schema import Decoder, Leaf, load_schema
+from stowplan.runtime.snapshot.schema import Decoder, load_schema
 from stowplan.runtime.snapshot.state import as_bytes
 
 __all__ = ["OWN_PARTS", "Contents", "Piece", "leaves_of", "replace_leaves"]
@@ -83,9 +84,12 @@ class Contents:
             "the schema's model or optimizer is not as it should be. It is damaged; go on from another snapshot."
         )
 
-    def own(self, part: str) -> Any:
+    def own(self, part: str) -> dict[str, Any]:
         """One of ``OWN_PARTS`` with tensors of its own."""
-        return self.decoder.decode(self.nodes[part], part)
+        value = self.decoder.decode(self.nodes[part], part)
+        if not isinstance(value, dict):
+            raise InvalidSnapshot(f"the schema's {part} is no dict. It is damaged; go on from another snapshot.")
+        return value
 
     def own_leaves(self) -> list[Leaf]:
         """Tensors that a checkpoint of torch has no name for, each once: of ``OWN_PARTS``, options, extra states."""

@@ -45,7 +45,8 @@ from torch.distributed.checkpoint.storage import WriteResult
 from stowplan.core.errors import InvalidSnapshot
 from stowplan.runtime.snapshot.codes import crc32c
 from stowplan.runtime.snapshot.contents import Contents, Piece, leaves_of
-from stowplan.runtime.snapshot.schema import Leaf, dump_schema, load_schema
+from stowplan.runtime.snapshot.leaf import Leaf
+from stowplan.runtime.snapshot.schema import dump_schema, load_schema
 
 __all__ = [
     "COMPLETE",

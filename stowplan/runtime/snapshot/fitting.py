@@ -17,8 +17,8 @@ from torch.distributed.tensor import DTensor
 from stowplan.core.errors import SnapshotMismatch, StowplanError
 from stowplan.runtime.pipeline.pipeline import Pipeline
 from stowplan.runtime.snapshot.contents import Contents, replace_leaves
+from stowplan.runtime.snapshot.leaf import Leaf, Shard
 from stowplan.runtime.snapshot.modules import models_of, named, parameter_groups
-from stowplan.runtime.snapshot.schema import Leaf, Shard
 from stowplan.runtime.snapshot.state import TrainingState, is_stateful
 
 __all__ = ["Fitting"]

@@ -28,8 +28,8 @@ from torch.futures import Future
 from stowplan.core.errors import InvalidArgument, InvalidSnapshot, SnapshotMismatch
 from stowplan.runtime.snapshot.contents import Contents, Piece
 from stowplan.runtime.snapshot.fitting import Fitting
-from stowplan.runtime.snapshot.schema import Leaf
-from stowplan.runtime.snapshot.state import TrainingState, bits, set_rng
+from stowplan.runtime.snapshot.leaf import Leaf
+from stowplan.runtime.snapshot.state import TrainingState, bits, check_rng, set_rng
 
 __all__ = ["MemoryReader", "Restored", "load_tensors", "reshard", "restore"]
 
@@ -78,7 +78,7 @@ def restore(schema: dict[str, Any] | bytes | str, buffer: Any, into: TrainingSta
     """
     contents = Contents.of(Piece(schema, buffer))
     rank, world_size = _place()
-    fitting = Fitting(into, [contents], contents, same_world=True)
+    fitting = _fitted(into, [contents], contents, same_world=True)
     rng = contents.own("rng")
     if (contents.rank, contents.world_size) != (rank, world_size):
         fitting.problems.insert(
@@ -123,7 +123,7 @@ def reshard(pieces: Sequence[Piece], into: TrainingState, reader: StorageReader 
         raise InvalidArgument(f"the pieces are {found}: give one of each rank, all of one step.")
     rank, world_size = _place()
     own, same_world = sources[rank % len(sources)], world_size == len(sources)
-    fitting = Fitting(into, sources, own, same_world=False)
+    fitting = _fitted(into, sources, own, same_world=False)
     rng = own.own("rng")
     if same_world:
         fitting.restore_data(own)
@@ -214,9 +214,22 @@ def _place() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if ready else (0, 1)
 
 
+def _fitted(into: TrainingState, sources: list[Contents], own: Contents, same_world: bool) -> Fitting:
+    """Nothing has been changed when this fails, whatever is wrong with a schema that is JSON and no snapshot."""
+    try:
+        return Fitting(into, sources, own, same_world)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+        raise InvalidSnapshot(
+            f"the schema does not describe a training: {type(error).__name__}: {error}. It is damaged; go on from "
+            f"another snapshot."
+        ) from error
+
+
 def _rng_problems(rng: dict[str, Any]) -> list[str]:
-    num_devices = torch.cuda.device_count() if rng["cuda"] else 0
-    if len(rng["cuda"]) == num_devices:
+    states = rng.get("cuda")
+    num_devices = torch.cuda.device_count() if states else 0
+    if not isinstance(states, list) or len(states) == num_devices:
+        check_rng(rng)
         return []
     return [f"it has random generators of {len(rng['cuda'])} CUDA devices, and {num_devices} are here"]
 

@@ -20,11 +20,22 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from stowplan.core.errors import InvalidArgument
+from stowplan.core.errors import InvalidArgument, InvalidSnapshot
 from stowplan.runtime.snapshot.modules import Models, models_of, named, parameter_groups
 from stowplan.runtime.snapshot.schema import Encoder, envelope
 
-__all__ = ["Copied", "Flat", "TrainingState", "as_bytes", "bits", "flatten", "is_stateful", "set_rng", "size_bytes"]
+__all__ = [
+    "Copied",
+    "Flat",
+    "TrainingState",
+    "as_bytes",
+    "bits",
+    "check_rng",
+    "flatten",
+    "is_stateful",
+    "set_rng",
+    "size_bytes",
+]
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 
@@ -198,6 +209,24 @@ def set_rng(rng: Mapping[str, Any]) -> None:
     torch.set_rng_state(rng["torch"])
     if rng["cuda"]:
         torch.cuda.set_rng_state_all(rng["cuda"])
+
+
+def check_rng(rng: Mapping[str, Any]) -> None:
+    """Refuse states that generators do not take; they are as before afterwards.
+
+    Raises:
+        InvalidSnapshot: one of them cannot be set.
+    """
+    before = _rng()
+    try:
+        set_rng(rng)
+    except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+        raise InvalidSnapshot(
+            f"the snapshot's random generators cannot be set: {type(error).__name__}: {error}. It is damaged, or of "
+            f"other versions of Python, NumPy or torch; go on from another snapshot."
+        ) from error
+    finally:
+        set_rng(before)
 
 
 def _rng() -> dict[str, Any]:
