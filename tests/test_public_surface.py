@@ -49,6 +49,8 @@ NAMES = [
     "SnapshotRefused",
     "SolverFailed",
     "StowplanError",
+    "InvalidSnapshot",
+    "SnapshotMismatch",
     "UnrecoverableSnapshot",
     "UnsupportedModel",
     "__version__",

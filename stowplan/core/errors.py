@@ -24,6 +24,8 @@ StowplanError
 ├── SnapshotMemoryUnavailable (also a MemoryError) the host has not the memory that snapshots take, or not the kind
 ├── SnapshotProcessUnavailable (also a ConnectionError) the memory process cannot be started or reached, or is gone
 └── SnapshotRefused                         the memory process does not do what was asked; ``reason`` is a word for why
+├── InvalidSnapshot                         a snapshot's schema or copy on disk that cannot be read
+└── SnapshotMismatch                        a snapshot is of another training; names every difference
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ __all__ = [
     "InvalidProblemFile",
     "InvalidSchedule",
     "InvalidSize",
+    "InvalidSnapshot",
     "MissingDependency",
     "NoGradients",
     "NoLogits",
@@ -51,6 +54,7 @@ __all__ = [
     "SnapshotMemoryUnavailable",
     "SnapshotProcessUnavailable",
     "SnapshotRefused",
+    "SnapshotMismatch",
     "SolverFailed",
     "StowplanError",
     "UnrecoverableSnapshot",
@@ -312,3 +316,28 @@ class SnapshotRefused(StowplanError):
 
     def __reduce__(self) -> tuple[type[SnapshotRefused], tuple[str, str]]:
         return type(self), (self.reason, self.problem)
+class InvalidSnapshot(StowplanError):
+    """A snapshot's schema, or a copy of it on disk, is damaged, incomplete or of another version."""
+
+
+class SnapshotMismatch(StowplanError):
+    """A snapshot does not fit the training that it is to be restored into; nothing has been changed.
+
+    Attributes:
+        problems: every difference, each by name.
+    """
+
+    _SHOWN = 12
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        shown = [f"\n  {problem}" for problem in self.problems[: self._SHOWN]]
+        if len(self.problems) > self._SHOWN:
+            shown.append(f"\n  and {len(self.problems) - self._SHOWN} more")
+        super().__init__(
+            "the snapshot is of another training than the one that it is to be restored into (nothing has been "
+            "changed); build model, optimizer and the rest as they were when it was taken:" + "".join(shown)
+        )
+
+    def __reduce__(self) -> tuple[type[SnapshotMismatch], tuple[tuple[str, ...]]]:
+        return type(self), (self.problems,)
