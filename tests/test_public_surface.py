@@ -44,6 +44,8 @@ NAMES = [
     "Prediction",
     "ReplayMismatch",
     "Schedule",
+    "SnapshotPeerRefused",
+    "SnapshotPeerUnavailable",
     "SolverFailed",
     "StowplanError",
     "UnrecoverableSnapshot",

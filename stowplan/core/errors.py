@@ -20,6 +20,8 @@ StowplanError
 ├── NoGradients (also a RuntimeError)       a cross entropy in chunks goes backward once, without second derivatives
 ├── PlanRejected                            our own simulator contradicts the plan: a bug of ours
 ├── ReplayMismatch (also a RuntimeError)    a recomputed value cannot be what the forward pass had
+├── SnapshotPeerRefused                     a node of the exchange of snapshots refuses another, or a request
+├── SnapshotPeerUnavailable (also a ConnectionError)  a node of the exchange cannot be reached, or was cut off
 └── UnrecoverableSnapshot                   more of a snapshot is lost than its code stands; names what
 """
 
@@ -45,6 +47,8 @@ __all__ = [
     "PlanMismatch",
     "PlanRejected",
     "ReplayMismatch",
+    "SnapshotPeerRefused",
+    "SnapshotPeerUnavailable",
     "SolverFailed",
     "StowplanError",
     "UnrecoverableSnapshot",
@@ -244,6 +248,27 @@ class PlanRejected(StowplanError):
 
 class ReplayMismatch(StowplanError, RuntimeError):
     """A value cannot be recomputed as it was: something it depends on has changed since the forward pass."""
+
+
+class SnapshotPeerRefused(StowplanError):
+    """A node that exchanges snapshots refuses another, or what it asks for.
+
+    Attributes:
+        reason: one word for programs: "token", "server", "version", "run", "group", "code", "node", "generation",
+            "behind", "absent", "bad" or "malformed".
+        problem: what was given, what is allowed, what to do.
+    """
+
+    def __init__(self, reason: str, problem: str) -> None:
+        self.reason, self.problem = reason, problem
+        super().__init__(problem)
+
+    def __reduce__(self) -> tuple[type[SnapshotPeerRefused], tuple[str, str]]:
+        return type(self), (self.reason, self.problem)
+
+
+class SnapshotPeerUnavailable(StowplanError, ConnectionError):
+    """A node that exchanges snapshots cannot be reached, does not answer in time, or its connection broke."""
 
 
 class UnrecoverableSnapshot(StowplanError):
