@@ -73,7 +73,7 @@ class Service:
         if generation > own:
             raise SnapshotPeerRefused(
                 "behind",
-                f"node {self._member.node} is at generation {own} and node {node} at {generation}: raise it everywhere.",
+                f"node {self._member.node} is at generation {own} and node {node} at {generation}: raise it there.",
             )
 
     def _state(self, snapshot: SnapshotId) -> StateAnswer:
