@@ -19,7 +19,7 @@ TOKEN = JobToken(b"a token of this job, not of others")
 BLOCK_BYTES = 4096
 CODES = [("mirror", 1), ("raim5", 1), ("rs", 2)]
 QUICK = Limits(
-    deadline_seconds=10, recovery_seconds=10, timeout_seconds=2, poll_seconds=0.003, most_backoff_seconds=0.05
+    deadline_seconds=100, recovery_seconds=100, timeout_seconds=5, poll_seconds=0.003, most_backoff_seconds=0.05
 )
 
 
@@ -189,6 +189,10 @@ class Group:
                     for asked, address in self.addresses.items()
                 }
             )
+
+    def set_limits(self, limits):
+        for node in self.nodes.values():
+            node.limits = limits
 
     async def kill(self, node):
         await self.nodes.pop(node).close()

@@ -79,16 +79,18 @@ def test_nodes_that_become_local_later_are_waited_for():
 @pytest.mark.parametrize("reason", ["not local", "dead"])
 def test_a_late_snapshot_is_skipped_and_the_next_one_is_made(reason):
     async def body():
-        async with Group("raim5", [10_000] * 3, SOON) as group:
+        async with Group("raim5", [10_000] * 3) as group:
             group.commit(FIRST)
             await group.code_all(FIRST)
             group.commit(SECOND, [0, 1])
+            group.set_limits(SOON)
             if reason == "dead":
                 await group.kill(2)
             outcomes = await group.code_all(SECOND, [0, 1])
             assert verdicts(outcomes) == {Verdict.SKIPPED}
             assert "node 2" in outcomes[0].reason.lower()
             group.check(FIRST)
+            group.set_limits(QUICK)
             if reason == "dead":
                 await group.launch(2)
                 await group.connect()
@@ -116,13 +118,15 @@ def test_who_gives_up_tells_those_that_wait():
 
 def test_with_parity_a_node_waits_until_it_knows_and_a_later_call_goes_on():
     async def body():
-        async with Group("raim5", [10_000] * 3, SOON) as group:
+        async with Group("raim5", [10_000] * 3) as group:
             group.commit(FIRST)
             await asyncio.gather(*(group.nodes[node]._make_parity(FIRST) for node in (0, 1)))
+            group.set_limits(SOON)
             outcome = (await group.code_all(FIRST, [0]))[0]
             assert outcome.verdict is Verdict.PENDING
             assert "Node 2 is LOCAL" in outcome.reason
             assert find(group.stores[0], FIRST).state is SlotState.PARITY
+            group.set_limits(QUICK)
             assert verdicts(await group.code_all(FIRST)) == {Verdict.GLOBAL}
             group.check(FIRST)
 
@@ -199,7 +203,7 @@ def test_a_bit_changed_on_the_way_ends_that_connection_and_nothing_else(at, dire
             if Verdict.SKIPPED not in verdicts(outcomes):
                 assert verdicts(outcomes) == {Verdict.GLOBAL}
                 group.check(FIRST)
-                assert not flipped or group.proxies[0, 1].connections == 2
+                assert not flipped or group.proxies[0, 1].connections >= 2
             else:
                 assert "token" in outcomes[0].reason or "version" in outcomes[0].reason
                 assert all(find(store, FIRST) is None for store in group.stores)
@@ -244,7 +248,7 @@ def test_silence_longer_than_the_timeouts_skips_the_snapshot():
 
 def test_a_stale_node_is_refused_by_its_generation():
     async def body():
-        async with Group("raim5", [10_000] * 3, SOON) as group:
+        async with Group("raim5", [10_000] * 3) as group:
             group.commit(FIRST)
             for node in (0, 1):
                 group.stores[node].generation = 2
@@ -285,7 +289,7 @@ def test_a_node_that_is_behind_is_waited_for():
 )
 def test_who_is_no_member_is_refused_and_says_why(changes, said):
     async def body():
-        async with Group("raim5", [10_000] * 3, SOON) as group:
+        async with Group("raim5", [10_000] * 3) as group:
             group.commit(FIRST)
             await group.kill(2)
             await group.launch(2, **changes)
@@ -328,7 +332,7 @@ def test_pieces_in_memory_are_limited():
 def test_what_is_asked_of_the_caller():
     async def body():
         async with Group("raim5", [1] * 3) as group:
-            with pytest.raises(InvalidArgument, match="snapshot 1 .* is not LOCAL on node 0"):
+            with pytest.raises(InvalidArgument, match=r"snapshot 1 .* is not LOCAL on node 0"):
                 await group.nodes[0].code(FIRST)
             with pytest.raises(InvalidArgument, match="block_bytes=0"):
                 member_of("run", "group", 0, group.code, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import random
 from dataclasses import replace
 from itertools import combinations
@@ -12,8 +13,8 @@ import pytest
 from stowplan import InvalidArgument, SnapshotPeerUnavailable, UnrecoverableSnapshot
 from stowplan.runtime.snapshot.codes import Area
 from stowplan.runtime.snapshot.exchange import Verdict
-from stowplan.runtime.snapshot.node_store import SlotState, find
-from stowplan.runtime.snapshot.recovery import Restored
+from stowplan.runtime.snapshot.node_store import SlotState, block_crcs, find
+from stowplan.runtime.snapshot.recovery import Restored, recover
 from tests.runtime.snapshot.nodes import CODES, QUICK, Group, snapshot_id
 
 FIRST, SECOND, THIRD = (snapshot_id(sequence) for sequence in (1, 2, 3))
@@ -30,7 +31,7 @@ def assert_restored(found, snapshot):
     assert all(isinstance(each, Restored) and each.snapshot == snapshot for each in found), found
 
 
-@pytest.mark.parametrize("size", [0, 1, 12345, 30_000])
+@pytest.mark.parametrize("size", [1, 12345])
 @pytest.mark.parametrize(("name", "m"), CODES)
 @pytest.mark.parametrize("n", [2, 3, 4, 5])
 def test_every_loss_is_restored_or_refused(name, m, n, size):
@@ -38,21 +39,22 @@ def test_every_loss_is_restored_or_refused(name, m, n, size):
         pytest.skip("too few nodes")
 
     async def body():
-        for lost in (each for count in range(n + 1) for each in combinations(range(n), count)):
-            async with Group(name, [max(0, size - 5 * node) for node in range(n)], seed=n) as group:
-                await coded(group, FIRST, SECOND)
+        async with Group(name, [max(0, size - 5 * node) for node in range(n)], seed=n) as group:
+            await coded(group, FIRST, SECOND)
+            stores = group.stores
+            for lost in (each for count in (*range(m + 2), n) for each in combinations(range(n), count)):
+                group.stores = copy.deepcopy(stores)
                 await group.restart(lost)
                 found = await group.recover_all()
-                # Where nobody is left nobody has tables: then even no bytes are refused.
+                # Where nobody is left nobody has tables.
                 if group.code.survives(lost) and len(lost) < n:
                     assert_restored(found, SECOND)
                     group.check(SECOND)
                 else:
                     assert all(isinstance(each, UnrecoverableSnapshot) for each in found), found
-                    assert set(found[0].lost) <= {f"node {node}" for node in lost} | {
-                        f"all checksums of node {node}" for node in lost
-                    }
+                    names = {name for node in lost for name in (f"node {node}", f"all checksums of node {node}")}
                     assert found[0].lost
+                    assert set(found[0].lost) <= names
 
     asyncio.run(body())
 
@@ -148,8 +150,6 @@ def test_decoded_bytes_that_are_not_the_owners_are_refused_and_the_older_snapsho
             store.bytes[slot]["parity"][77] ^= 1
             held = find(store, SECOND)
             view = store.parity(slot, held.parity_bytes)
-            from stowplan.runtime.snapshot.node_store import block_crcs
-
             store.crcs[slot]["parity"] = block_crcs(view, group.block_bytes)
             await group.restart([2])
             assert_restored(await group.recover_all(), FIRST)
@@ -242,9 +242,8 @@ def test_only_what_is_needed_is_fetched():
                     read(request),
                 )[1]
             assert_restored(await group.recover_all(), FIRST)
-            chunk = 10_240
-            # Four chunks of data and one of parity, each of four others.
-            assert sum(asked) == 5 * 4 * chunk - 4 * chunk + 0 * chunk or sum(asked) == 5 * 4 * chunk
+            # Four chunks of data and one of parity, each from a chunk of four nodes.
+            assert sum(asked) == 5 * 4 * 10_240
 
     asyncio.run(body())
 
@@ -282,12 +281,10 @@ def test_who_does_not_answer_is_named_and_nothing_is_given_up():
 
 
 async def recover_among_three(group, node, alive=(0, 1, 2)):
-    from stowplan.runtime.snapshot.recovery import recover
-
     return await recover(group.nodes[node], alive)
 
 
-@pytest.mark.parametrize("seed", range(25))
+@pytest.mark.parametrize("seed", range(12))
 def test_kills_at_any_time(seed):
     """Nodes die while snapshots are made; what is restored is right, and never older than what was GLOBAL anywhere."""
     print(f"seed {seed}")
@@ -298,14 +295,15 @@ def test_kills_at_any_time(seed):
 
     async def body():
         sequence, generation = 0, 1
-        async with Group(name, sizes, replace(QUICK, deadline_seconds=2), seed=seed) as group:
+        async with Group(name, sizes, QUICK, seed=seed) as group:
             for _ in range(4):
                 newest = 0
                 for _ in range(chosen.randint(1, 3)):
                     sequence += 1
                     snapshot = snapshot_id(sequence, generation)
                     group.commit(snapshot)
-                    await group.code_all(snapshot)
+                    outcomes = await group.code_all(snapshot)
+                    assert {each.verdict for each in outcomes.values()} == {Verdict.GLOBAL}, outcomes
                     newest = sequence
                 sequence += 1
                 snapshot = snapshot_id(sequence, generation)
