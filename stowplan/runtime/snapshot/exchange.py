@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, TypeVar
@@ -26,10 +28,12 @@ from stowplan.runtime.snapshot.rates import TokenBucket
 from stowplan.runtime.snapshot.serving import Service, own_table
 from stowplan.runtime.snapshot.wire import MOST_PAYLOAD_BYTES
 
-__all__ = ["Exchange", "Limits", "Outcome", "Verdict", "crcs_in_turn", "gathered", "member_of"]
+__all__ = ["Exchange", "Limits", "Outcome", "Verdict", "crcs_in_turn", "fenced", "gathered", "member_of"]
 
 T = TypeVar("T")
 _ZEROS = bytes(1 << 20)
+# Of the work under way, in all its tasks: it ends, without another write, once the store's is newer.
+_GENERATION: ContextVar[int | None] = ContextVar("generation", default=None)
 
 
 class Verdict(StrEnum):
@@ -97,8 +101,14 @@ class Exchange:
     ) -> None:
         self.member, self.coding, self.store, self.limits = member, code, store, limits or Limits()
         self._token = token
-        if bucket is None and self.limits.bytes_per_second:
-            bucket = TokenBucket(self.limits.bytes_per_second, member.block_bytes)
+        rate = self.limits.bytes_per_second
+        if rate and rate * self.limits.timeout_seconds < code.n * member.block_bytes:
+            raise InvalidArgument(
+                f"bytes_per_second={rate:g} and timeout_seconds={self.limits.timeout_seconds:g}: a block of "
+                f"{member.block_bytes} bytes for each of {code.n} nodes takes longer than a request may. Raise either."
+            )
+        if bucket is None and rate:
+            bucket = TokenBucket(rate, member.block_bytes)
         self.service = Service(member, store, bucket)
         self.server = Server(member, token, self.service.serve, self.limits.handshake_seconds)
         self._links: dict[int, Link] = {}
@@ -139,8 +149,9 @@ class Exchange:
             raise InvalidArgument(f"{snapshot} is not LOCAL on node {self.member.node}: commit its data first.")
         self._troubles.clear()
         try:
-            async with asyncio.timeout(self.limits.deadline_seconds):
-                return await self._code(snapshot)
+            with fenced(snapshot.generation):
+                async with asyncio.timeout(self.limits.deadline_seconds):
+                    return await self._code(snapshot)
         except TimeoutError:
             late = f"late: {self.limits.deadline_seconds:g} s have passed. {self.troubles}"
             return self._stopped(snapshot, late.rstrip())
@@ -161,6 +172,8 @@ class Exchange:
         return Outcome(snapshot, Verdict.GLOBAL)
 
     def _stopped(self, snapshot: SnapshotId, reason: str, others: bool = False) -> Outcome:
+        if self.store.generation > snapshot.generation:  # what is in the slot is recovery's now
+            return Outcome(snapshot, Verdict.FENCED, reason)
         held = find(self.store, snapshot)
         if held and held.state > SlotState.LOCAL and not others:
             return Outcome(snapshot, Verdict.PENDING, reason)
@@ -189,7 +202,7 @@ class Exchange:
             await asyncio.sleep(self.limits.poll_seconds)
 
     async def _state(self, node: int, snapshot: SnapshotId) -> StateAnswer | None:
-        self._check_fence(snapshot)
+        self.check_fence()
         answer = await self._asked(node, AskState(snapshot), StateAnswer, b"", self.limits.timeout_seconds)
         return None if answer is None else answer[0]
 
@@ -209,7 +222,7 @@ class Exchange:
         self.store.complete_parity(self._held(snapshot).slot, snapshot, layout.parity_bytes, crcs)
 
     async def _table(self, node: int, snapshot: SnapshotId) -> Table:
-        _, content = await self.ask(node, AskTable(snapshot, node), Done, of=snapshot)
+        _, content = await self.ask(node, AskTable(snapshot, node), Done)
         table = Table.unpacked(content)
         if table is None or (table.node, table.snapshot, table.block_bytes) != (
             node, snapshot, self.member.block_bytes,
@@ -218,6 +231,7 @@ class Exchange:
         return table
 
     def _held(self, snapshot: SnapshotId) -> Held:
+        self.check_fence()
         held = find(self.store, snapshot, SlotState.LOCAL)
         if held is None:
             raise SnapshotPeerRefused("absent", f"node {self.member.node} no longer has {snapshot}.")
@@ -256,7 +270,8 @@ class Exchange:
                 source = piece.source
                 request = Read(snapshot, source.area, source.offset, source.length, urgent)
                 async with self._pieces:
-                    _, content = await self.ask(source.node, request, Done, of=None if urgent else snapshot)
+                    _, content = await self.ask(source.node, request, Done)
+                    self.check_fence()
                     self._check(source, content, tables[source.node])
                     accumulate(piece, content, areas[piece.destination.area])
 
@@ -275,18 +290,16 @@ class Exchange:
         kind: type[Any],
         payload: Payload = b"",
         *,
-        of: SnapshotId | None = None,
         timeout_seconds: float | None = None,
     ) -> tuple[Any, bytes]:
         """Ask until there is an answer: again, with growing pauses, while the node cannot be reached or is behind.
 
-        ``of`` is what this is about: once this node's generation is newer, SnapshotPeerRefused ("generation"). Other
-        refusals are raised as they are. The caller's timeout is the end.
+        SnapshotPeerRefused ("generation") once this node's is newer than that of the work (``fenced``). Other refusals
+        are raised as they are. The caller's timeout is the end.
         """
         pause = self.limits.poll_seconds
         while True:
-            if of:
-                self._check_fence(of)
+            self.check_fence()
             answer = await self._asked(node, request, kind, payload, timeout_seconds or self.limits.timeout_seconds)
             if answer is not None:
                 return answer
@@ -311,15 +324,30 @@ class Exchange:
             self._troubles[node] = error.problem
         return None
 
-    def _check_fence(self, snapshot: SnapshotId) -> None:
-        if self.store.generation > snapshot.generation:
-            problem = f"{snapshot} is stale: node {self.member.node} is at generation {self.store.generation}."
-            raise SnapshotPeerRefused("generation", problem)
+    def check_fence(self) -> None:
+        """Raise SnapshotPeerRefused ("generation") where this work belongs to what was before a restart."""
+        generation = _GENERATION.get()
+        if generation is not None and self.store.generation > generation:
+            raise SnapshotPeerRefused(
+                "generation",
+                f"this is of generation {generation}, which is stale: node {self.member.node} is at generation "
+                f"{self.store.generation}.",
+            )
 
     def _link(self, node: int) -> Link:
         if node not in self._links:
             raise SnapshotPeerUnavailable(f"node {node} has no address here yet.")
         return self._links[node]
+
+
+@contextmanager
+def fenced(generation: int) -> Iterator[None]:
+    """What is done inside belongs to this generation."""
+    token = _GENERATION.set(generation)
+    try:
+        yield
+    finally:
+        _GENERATION.reset(token)
 
 
 async def gathered(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:

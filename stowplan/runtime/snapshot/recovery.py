@@ -23,7 +23,7 @@ from stowplan.core.errors import (
     UnrecoverableSnapshot,
 )
 from stowplan.runtime.snapshot.codes import Area, Layout, Plan, Span
-from stowplan.runtime.snapshot.exchange import Exchange, crcs_in_turn, gathered
+from stowplan.runtime.snapshot.exchange import Exchange, crcs_in_turn, fenced, gathered
 from stowplan.runtime.snapshot.messages import (
     AskDecision,
     AskHoldings,
@@ -66,10 +66,11 @@ async def recover(exchange: Exchange, alive: Iterable[int], newest_on_disk: str 
             f"alive={members} is without node {exchange.member.node}, which this is: name all that live."
         )
     try:
-        async with asyncio.timeout(exchange.limits.recovery_seconds):
-            if exchange.member.node == members[0]:
-                return await _lead(exchange, members, newest_on_disk)
-            return await _follow(exchange, members[0])
+        with fenced(exchange.store.generation):
+            async with asyncio.timeout(exchange.limits.recovery_seconds):
+                if exchange.member.node == members[0]:
+                    return await _lead(exchange, members, newest_on_disk)
+                return await _follow(exchange, members[0])
     except TimeoutError as error:
         raise SnapshotPeerUnavailable(
             f"no recovery in {exchange.limits.recovery_seconds:g} s. {exchange.troubles} Begin anew, with a new "
@@ -142,6 +143,7 @@ async def _results(exchange: Exchange, members: Sequence[int], number: int, deci
 
 def _committed(exchange: Exchange, decision: Decision) -> Restored:
     assert decision.snapshot is not None
+    exchange.check_fence()
     held = find(exchange.store, decision.snapshot, SlotState.PARITY)
     assert held is not None
     exchange.store.complete(held.slot, decision.snapshot)
@@ -238,11 +240,13 @@ async def _rebuild(exchange: Exchange, decision: Decision) -> None:
     if node in decision.lost or any(span.area is Area.DATA for span in plan.destinations):
         if tuple(await crcs_in_turn(data, size)) != tables[node].crcs:
             raise SnapshotPeerRefused("bad", f"node {node}'s decoded bytes of {snapshot} do not have their CRCs.")
+        exchange.check_fence()
         store.complete_data(slot, snapshot, tables[node].crcs)
     for other, table in tables.items():
         if other != node:
             store.keep_table(slot, other, table.packed())
     made = await crcs_in_turn(parity, size)
+    exchange.check_fence()
     held = find(store, snapshot, SlotState.PARITY)
     expected = store.parity_crcs(slot) if held and held.parity_bytes == layout.parity_bytes else None
     if expected is None:  # all of it was made now, of bytes that were verified

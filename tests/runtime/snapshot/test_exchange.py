@@ -9,9 +9,10 @@ import pytest
 
 from stowplan import InvalidArgument
 from stowplan.runtime.snapshot.authentication import JobToken
-from stowplan.runtime.snapshot.exchange import Limits, Verdict, member_of
+from stowplan.runtime.snapshot.codes import code_for
+from stowplan.runtime.snapshot.exchange import Exchange, Limits, Verdict, member_of
 from stowplan.runtime.snapshot.node_store import SlotState, Table, find
-from tests.runtime.snapshot.nodes import CODES, QUICK, Group, snapshot_id
+from tests.runtime.snapshot.nodes import CODES, QUICK, TOKEN, Group, MemoryStore, snapshot_id
 
 FIRST, SECOND, THIRD = (snapshot_id(sequence) for sequence in (1, 2, 3))
 SOON = replace(QUICK, deadline_seconds=0.6, timeout_seconds=0.2)
@@ -260,6 +261,31 @@ def test_a_stale_node_is_refused_by_its_generation():
     asyncio.run(body())
 
 
+def test_a_restart_ends_coding_that_is_under_way_without_another_write():
+    async def body():
+        async with Group("raim5", [10_000] * 3) as group:
+            group.commit(FIRST)
+            for store in group.stores:
+                store.parity(0, 8192)
+            service, store = group.nodes[1].service, group.stores[0]
+            read = service._read
+
+            async def raised(request):
+                content = await read(request)
+                store.generation = 2
+                store.parity(0, 8192)[:] = b"\x77" * 8192
+                return content
+
+            service._read = raised
+            group.set_limits(SOON)
+            outcome = (await group.code_all(FIRST))[0]
+            assert outcome.verdict is Verdict.FENCED
+            assert bytes(store.parity(0, 8192)) == b"\x77" * 8192
+            assert find(store, FIRST).state is SlotState.LOCAL
+
+    asyncio.run(body())
+
+
 def test_a_node_that_is_behind_is_waited_for():
     async def body():
         async with Group("raim5", [10_000] * 3) as group:
@@ -342,6 +368,11 @@ def test_what_is_asked_of_the_caller():
     asyncio.run(body())
     with pytest.raises(InvalidArgument, match="timeout_seconds=0 "):
         Limits(timeout_seconds=0)
+    with pytest.raises(InvalidArgument, match="takes longer than a request may"):
+        Exchange(
+            member_of("run", "group", 0, code_for(3), 1000), code_for(3), MemoryStore(), TOKEN,
+            Limits(bytes_per_second=100),
+        )  # fmt: skip
 
 
 def test_a_damaged_table_is_none():

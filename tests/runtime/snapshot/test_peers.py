@@ -102,6 +102,7 @@ def test_who_listens_without_the_token_is_no_peer_and_learns_no_token():
             await channel.send({"nonce": "00"})
             heard.extend(str(await channel.receive()).encode())
             await channel.send({"proof": "00"})
+            await channel.close()
 
         async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
             channel = Channel(*await asyncio.open_connection(*server.sockets[0].getsockname()))
