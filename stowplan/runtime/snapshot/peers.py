@@ -50,36 +50,38 @@ class Server:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         channel = Channel(reader, writer)
         if self._strangers >= _MOST_STRANGERS:
             self.refusals["crowd"] += 1
             channel.abort()
             return
-        task = asyncio.current_task()
-        assert task is not None
+        self._strangers += 1
+        task = asyncio.get_running_loop().create_task(self._hold(channel))
         self._tasks.add(task)
-        node: int | None = None
+
+        def ended(task: asyncio.Task[None]) -> None:  # also of what was cancelled before it began
+            self._tasks.discard(task)
+            channel.abort()
+
+        task.add_done_callback(ended)
+
+    async def _hold(self, channel: Channel) -> None:
         try:
             node = await self._admit(channel)
-            if node is not None:
+            if node is None:
+                return
+            try:
                 await self._converse(channel, node)
-        except asyncio.CancelledError:
-            assert self._server is not None
-            if self._server.is_serving():  # not by close
-                raise
+            finally:
+                if self._channels.get(node) is channel:
+                    del self._channels[node]
         except BrokenFrame as error:
             self.refusals["version" if isinstance(error, OtherVersion) else "malformed"] += 1
         except (ConnectionError, TimeoutError):
             self.refusals["cut"] += 1
-        finally:
-            self._tasks.discard(task)
-            if node is not None and self._channels.get(node) is channel:
-                del self._channels[node]
-            channel.abort()
 
     async def _admit(self, channel: Channel) -> int | None:
-        self._strangers += 1
         try:
             async with asyncio.timeout(self._handshake_seconds):
                 member = await prove_to_client(channel, self._token)

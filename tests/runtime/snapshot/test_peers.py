@@ -96,6 +96,8 @@ def test_who_listens_without_the_token_is_no_peer_and_learns_no_token():
     heard = bytearray()
 
     async def body():
+        ended = asyncio.Event()
+
         async def answer(reader, writer):
             channel = Channel(reader, writer)
             heard.extend(str(await channel.receive()).encode())
@@ -103,6 +105,7 @@ def test_who_listens_without_the_token_is_no_peer_and_learns_no_token():
             heard.extend(str(await channel.receive()).encode())
             await channel.send({"proof": "00"})
             await channel.close()
+            ended.set()
 
         async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
             channel = Channel(*await asyncio.open_connection(*server.sockets[0].getsockname()))
@@ -110,6 +113,7 @@ def test_who_listens_without_the_token_is_no_peer_and_learns_no_token():
                 await prove_to_server(channel, TOKEN, Member("run", "group", 0, 3, "raim5 3 1", 4096))
             assert caught.value.reason == "server"
             channel.abort()
+            await ended.wait()
 
     asyncio.run(body())
     assert b"proof" in heard
