@@ -173,6 +173,8 @@ class Link:
             if "error" in welcome:
                 raise SnapshotPeerRefused(str(welcome["error"]), str(welcome.get("problem")))
         except OtherVersion as error:
+            if channel:
+                channel.abort()
             raise SnapshotPeerRefused("version", f"node {self.node} at {self._where}: {error}.") from error
         except BaseException:
             if channel:
