@@ -47,6 +47,8 @@ NAMES = [
     "SnapshotMemoryUnavailable",
     "SnapshotProcessUnavailable",
     "SnapshotRefused",
+    "SnapshotPeerRefused",
+    "SnapshotPeerUnavailable",
     "SolverFailed",
     "StowplanError",
     "InvalidSnapshot",

@@ -26,6 +26,9 @@ StowplanError
 └── SnapshotRefused                         the memory process does not do what was asked; ``reason`` is a word for why
 ├── InvalidSnapshot                         a snapshot's schema or copy on disk that cannot be read
 └── SnapshotMismatch                        a snapshot is of another training; names every difference
+├── SnapshotPeerRefused                     a node of the exchange of snapshots refuses another, or a request
+├── SnapshotPeerUnavailable (also a ConnectionError)  a node of the exchange cannot be reached, or was cut off
+└── UnrecoverableSnapshot                   more of a snapshot is lost than its code stands; names what
 """
 
 from __future__ import annotations
@@ -55,6 +58,8 @@ __all__ = [
     "SnapshotProcessUnavailable",
     "SnapshotRefused",
     "SnapshotMismatch",
+    "SnapshotPeerRefused",
+    "SnapshotPeerUnavailable",
     "SolverFailed",
     "StowplanError",
     "UnrecoverableSnapshot",
@@ -254,6 +259,27 @@ class PlanRejected(StowplanError):
 
 class ReplayMismatch(StowplanError, RuntimeError):
     """A value cannot be recomputed as it was: something it depends on has changed since the forward pass."""
+
+
+class SnapshotPeerRefused(StowplanError):
+    """A node that exchanges snapshots refuses another, or what it asks for.
+
+    Attributes:
+        reason: one word for programs: "token", "server", "version", "run", "group", "code", "node", "generation",
+            "behind", "absent", "bad" or "malformed".
+        problem: what was given, what is allowed, what to do.
+    """
+
+    def __init__(self, reason: str, problem: str) -> None:
+        self.reason, self.problem = reason, problem
+        super().__init__(problem)
+
+    def __reduce__(self) -> tuple[type[SnapshotPeerRefused], tuple[str, str]]:
+        return type(self), (self.reason, self.problem)
+
+
+class SnapshotPeerUnavailable(StowplanError, ConnectionError):
+    """A node that exchanges snapshots cannot be reached, does not answer in time, or its connection broke."""
 
 
 class UnrecoverableSnapshot(StowplanError):
