@@ -342,6 +342,8 @@ class SnapshotRefused(StowplanError):
 
     def __reduce__(self) -> tuple[type[SnapshotRefused], tuple[str, str]]:
         return type(self), (self.reason, self.problem)
+
+
 class InvalidSnapshot(StowplanError):
     """A snapshot's schema, or a copy of it on disk, is damaged, incomplete or of another version."""
 

@@ -9,8 +9,8 @@ from typing import Any
 from stowplan.core.errors import InvalidSnapshot
 from stowplan.runtime.snapshot.leaf import Leaf
 from stowplan.runtime.snapshot.modules import EXTRA_STATE
-from stowplan.runtime.snapshot.state_schema import Decoder, load_schema
 from stowplan.runtime.snapshot.state import as_bytes
+from stowplan.runtime.snapshot.state_schema import Decoder, load_schema
 
 __all__ = ["OWN_PARTS", "Contents", "Piece", "leaves_of", "replace_leaves"]
 

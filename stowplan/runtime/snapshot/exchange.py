@@ -21,8 +21,8 @@ from typing import Any, TypeVar
 from stowplan.core.errors import InvalidArgument, SnapshotPeerRefused, SnapshotPeerUnavailable, StowplanError
 from stowplan.runtime.snapshot.authentication import JobToken, Member
 from stowplan.runtime.snapshot.codes import Area, Code, Layout, Plan, Span, Term, accumulate, crc32c
-from stowplan.runtime.snapshot.peer_messages import AskState, AskTable, Done, Read, Request, StateAnswer
 from stowplan.runtime.snapshot.node_store import Held, NodeStore, SlotState, SnapshotId, Table, find
+from stowplan.runtime.snapshot.peer_messages import AskState, AskTable, Done, Read, Request, StateAnswer
 from stowplan.runtime.snapshot.peers import Address, Link, Payload, Server
 from stowplan.runtime.snapshot.rates import TokenBucket
 from stowplan.runtime.snapshot.serving import Service, own_table

@@ -24,6 +24,7 @@ from stowplan.core.errors import (
 )
 from stowplan.runtime.snapshot.codes import Area, Layout, Plan, Span
 from stowplan.runtime.snapshot.exchange import Exchange, crcs_in_turn, fenced, gathered
+from stowplan.runtime.snapshot.node_store import Held, SlotState, SnapshotId, Table, find
 from stowplan.runtime.snapshot.peer_messages import (
     AskDecision,
     AskHoldings,
@@ -37,7 +38,6 @@ from stowplan.runtime.snapshot.peer_messages import (
     Verified,
     Verify,
 )
-from stowplan.runtime.snapshot.node_store import Held, SlotState, SnapshotId, Table, find
 
 __all__ = ["Restored", "recover"]
 

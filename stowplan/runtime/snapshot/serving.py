@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from stowplan.core.errors import SnapshotPeerRefused
 from stowplan.runtime.snapshot.authentication import Member
 from stowplan.runtime.snapshot.codes import Area, Span, crc32c
+from stowplan.runtime.snapshot.node_store import Held, NodeStore, SlotState, SnapshotId, Table, block_crcs, find
 from stowplan.runtime.snapshot.peer_messages import (
     Answer,
     AskDecision,
@@ -26,7 +27,6 @@ from stowplan.runtime.snapshot.peer_messages import (
     Verified,
     Verify,
 )
-from stowplan.runtime.snapshot.node_store import Held, NodeStore, SlotState, SnapshotId, Table, block_crcs, find
 from stowplan.runtime.snapshot.rates import TokenBucket
 
 __all__ = ["Service", "own_table"]

@@ -25,8 +25,8 @@ from stowplan.runtime.snapshot.disk import (
 )
 from stowplan.runtime.snapshot.disk_restore import restore_from_disk
 from stowplan.runtime.snapshot.disk_tier import DiskTier
-from stowplan.runtime.snapshot.state_schema import dump_schema
 from stowplan.runtime.snapshot.state import TrainingState, flatten
+from stowplan.runtime.snapshot.state_schema import dump_schema
 from tests.distributed import Ranks
 from tests.runtime.snapshot.trainings import NUM_STEPS, SNAPSHOT_AT, Training, raw
 

@@ -17,8 +17,8 @@ import stowplan
 from stowplan import InvalidArgument, InvalidSnapshot, SnapshotMismatch
 from stowplan.runtime.snapshot.contents import Piece
 from stowplan.runtime.snapshot.restore import reshard, restore
-from stowplan.runtime.snapshot.state_schema import dump_schema
 from stowplan.runtime.snapshot.state import TrainingState, flatten
+from stowplan.runtime.snapshot.state_schema import dump_schema
 from tests.distributed import RankFailed, Ranks
 from tests.runtime.snapshot.trainings import NUM_STEPS, SNAPSHOT_AT, Training
 

@@ -14,8 +14,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 
 from stowplan import InvalidArgument, SnapshotMismatch
 from stowplan.runtime.snapshot.restore import restore
-from stowplan.runtime.snapshot.state_schema import dump_schema
 from stowplan.runtime.snapshot.state import TrainingState, flatten, size_bytes
+from stowplan.runtime.snapshot.state_schema import dump_schema
 from tests.runtime.snapshot.trainings import NUM_STEPS, SNAPSHOT_AT, Training, raw
 
 

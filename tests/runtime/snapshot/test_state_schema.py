@@ -17,8 +17,8 @@ from torch import nn
 
 from stowplan import InvalidArgument, InvalidSnapshot, SnapshotMismatch
 from stowplan.runtime.snapshot.restore import restore
-from stowplan.runtime.snapshot.state_schema import dump_schema
 from stowplan.runtime.snapshot.state import TrainingState, flatten
+from stowplan.runtime.snapshot.state_schema import dump_schema
 from tests.runtime.snapshot.trainings import raw
 
 DTYPES = [
