@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from stowplan.runtime.snapshot.connection import Connection, start_or_connect
 from stowplan.runtime.snapshot.layout import Coding, Geometry, payload_offset
 from stowplan.runtime.snapshot.memory import Region
 from stowplan.runtime.snapshot.messages import Attached, Begun, Done, Skipped, SlotStatus, Status
-from stowplan.runtime.snapshot.process import IDLE_SECONDS
+from stowplan.runtime.snapshot.process import IDLE_SECONDS, LOOPBACK
 from stowplan.runtime.snapshot.protocol import close_all
 from stowplan.runtime.snapshot.schema import Schema, schema_from_bytes, schema_to_bytes
 from stowplan.runtime.snapshot.slots import State
@@ -76,9 +76,11 @@ class SnapshotClient:
         generation: int = 0,
         directory: Path | None = None,
         idle_seconds: float = IDLE_SECONDS,
+        listen: str = LOOPBACK,
     ) -> None:
         self.run, self.rank, self.node, self.generation = run, rank, node, generation
         self._num_ranks, self._directory, self._idle_seconds = num_ranks, directory, idle_seconds
+        self._listen = listen
         self._region: Region | None = None
         self._attached: Attached | None = None
         self._connection = self._connect()
@@ -123,7 +125,7 @@ class SnapshotClient:
         if isinstance(answer, Skipped):
             return answer
         assert isinstance(answer, Begun)
-        geometry = Geometry(attached.data_bytes, attached.parity_bytes)
+        geometry = Geometry(attached.data_bytes, attached.parity_bytes, attached.coding.n)
         data = geometry.data_view(region.view, answer.slot, data_bytes)
         data[:start] = content.ljust(start, b"\0")
         return Writing(sequence, answer.slot, data[start:])
@@ -180,7 +182,7 @@ class SnapshotClient:
                 if slot.damaged_data:
                     lost = [f"bytes {begin} to {begin + length}" for begin, length in slot.damaged_data]
                     raise UnrecoverableSnapshot(lost, f"rank {self.rank} alone has no parity of its own bytes")
-                geometry = Geometry(attached.data_bytes, attached.parity_bytes)
+                geometry = Geometry(attached.data_bytes, attached.parity_bytes, attached.coding.n)
                 data = geometry.data_view(region.view, index, slot.data_bytes).toreadonly()
                 return schema_from_bytes(data[: slot.schema_bytes]), data[payload_offset(slot.schema_bytes) :]
         raise UnrecoverableSnapshot([f"snapshot {sequence}"], f"rank {self.rank} does not have it in memory")
@@ -190,6 +192,24 @@ class SnapshotClient:
         return self._connection.ask(messages.GetStatus(), Status)[0]
 
     # ---- restarts, and the end ----
+    def listen(self) -> tuple[str, int]:
+        """Where this rank's exchange with its group listens: host and port. Needs memory with a code."""
+        answer, _ = self._connection.ask(messages.Listen(self.rank), messages.Listening)
+        return answer.host, answer.port
+
+    def meet(self, addresses: Mapping[int, tuple[str, int]]) -> None:
+        """Where all nodes of this rank's group listen, after each start of a memory process."""
+        peers = tuple(messages.Peer(node, *address) for node, address in sorted(addresses.items()))
+        self._connection.ask(messages.Meet(self.rank, peers), Done)
+
+    def recover(self, alive: Sequence[int], newest_on_disk: str = "", attempt: int = 0) -> messages.Recovered:
+        """Make the newest snapshot whole that this rank's group can; all nodes call it, with the same ``alive``.
+
+        Raises UnrecoverableSnapshot, SnapshotRefused ("peer": a node did not answer).
+        """
+        request = messages.Recover(self.rank, tuple(alive), newest_on_disk, attempt)
+        return self._connection.ask(request, messages.Recovered, timeout_seconds=None)[0]
+
     def roll_back(self, sequence: int) -> None:
         """The job restores ``sequence`` (0: nothing): what is newer on this node is given up."""
         self._connection.ask(messages.RollBack(sequence), Done)
@@ -219,7 +239,7 @@ class SnapshotClient:
     def _connect(self) -> Connection:
         return start_or_connect(
             self.run, self.node, self.generation, self._num_ranks, directory=self._directory,
-            idle_seconds=self._idle_seconds,
+            idle_seconds=self._idle_seconds, listen=self._listen,
         )  # fmt: skip
 
     def _attach(self) -> None:

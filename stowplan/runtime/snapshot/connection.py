@@ -14,11 +14,16 @@ from pathlib import Path
 from typing import TypeVar
 
 import stowplan
-from stowplan.core.errors import SnapshotMemoryUnavailable, SnapshotProcessUnavailable, SnapshotRefused
+from stowplan.core.errors import (
+    SnapshotMemoryUnavailable,
+    SnapshotProcessUnavailable,
+    SnapshotRefused,
+    UnrecoverableSnapshot,
+)
 from stowplan.runtime.snapshot import messages, protocol
 from stowplan.runtime.snapshot.locks import FileLock
 from stowplan.runtime.snapshot.messages import Answer, Request
-from stowplan.runtime.snapshot.process import IDLE_SECONDS
+from stowplan.runtime.snapshot.process import IDLE_SECONDS, LOOPBACK
 
 __all__ = ["Connection", "connect", "start_or_connect"]
 
@@ -68,6 +73,8 @@ class Connection:
                 raise SnapshotRefused(answer.reason, answer.problem)
             case messages.Unavailable():
                 raise SnapshotMemoryUnavailable(answer.problem, answer.needed_bytes, answer.available_bytes)
+            case messages.Lost():
+                raise UnrecoverableSnapshot(answer.names, answer.stands, answer.advice)
         raise SnapshotRefused("malformed", f"{type(request).__name__} was answered by {type(answer).__name__}.")
 
     def close(self) -> None:
@@ -111,13 +118,16 @@ def connect(run: str, node: str, generation: int | None = None, directory: Path 
 def start_or_connect(
     run: str,
     node: str,
-    generation: int,
+    generation: int | None,
     num_ranks: int,
     *,
     directory: Path | None = None,
     idle_seconds: float = IDLE_SECONDS,
+    listen: str = LOOPBACK,
 ) -> Connection:
     """As ``connect``; where there is no process, the first who asks starts it, and others wait for that.
+
+    ``listen`` is the address at which a new process exchanges snapshots with other nodes.
 
     Raises SnapshotProcessUnavailable with the reason, SnapshotRefused.
     """
@@ -134,17 +144,21 @@ def start_or_connect(
             with contextlib.suppress(SnapshotProcessUnavailable):
                 return connect(run, node, generation, directory)
             _check_time(until, run, node)
-            _start(run, node, generation, num_ranks, directory, idle_seconds)  # does nothing while one is ending
+            _start(
+                run, node, generation or 0, num_ranks, directory, idle_seconds, listen
+            )  # does nothing while one is ending
             time.sleep(_RETRY_SECONDS)
     finally:
         lock.release()
 
 
-def _start(run: str, node: str, generation: int, num_ranks: int, directory: Path, idle_seconds: float) -> None:
+def _start(
+    run: str, node: str, generation: int, num_ranks: int, directory: Path, idle_seconds: float, listen: str
+) -> None:
     command = [
         sys.executable, "-P", "-c", _STARTER, str(Path(stowplan.__file__).parents[1]), "--run", run, "--node", node,
         "--num-ranks", str(num_ranks), "--generation", str(generation), "--idle-seconds", str(idle_seconds),
-        "--directory", str(directory.absolute()),
+        "--directory", str(directory.absolute()), "--listen", listen,
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # NumPy's pools would be of no use there
     try:

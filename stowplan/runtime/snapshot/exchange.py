@@ -21,11 +21,12 @@ from typing import Any, TypeVar
 from stowplan.core.errors import InvalidArgument, SnapshotPeerRefused, SnapshotPeerUnavailable, StowplanError
 from stowplan.runtime.snapshot.authentication import JobToken, Member
 from stowplan.runtime.snapshot.codes import Area, Code, Layout, Plan, Span, Term, accumulate, crc32c
-from stowplan.runtime.snapshot.node_store import Held, NodeStore, SlotState, SnapshotId, Table, find
+from stowplan.runtime.snapshot.node_store import Held, NodeStore, Table, find
 from stowplan.runtime.snapshot.peer_messages import AskState, AskTable, Done, Read, Request, StateAnswer
 from stowplan.runtime.snapshot.peers import Address, Link, Payload, Server
 from stowplan.runtime.snapshot.rates import TokenBucket
 from stowplan.runtime.snapshot.serving import Service, own_table
+from stowplan.runtime.snapshot.slots import Snapshot, State
 from stowplan.runtime.snapshot.wire import MOST_PAYLOAD_BYTES
 
 __all__ = ["Exchange", "Limits", "Outcome", "Verdict", "crcs_in_turn", "fenced", "gathered", "member_of"]
@@ -49,7 +50,7 @@ class Verdict(StrEnum):
 class Outcome:
     """``reason`` is empty for GLOBAL."""
 
-    snapshot: SnapshotId
+    snapshot: Snapshot
     verdict: Verdict
     reason: str = ""
 
@@ -140,12 +141,12 @@ class Exchange:
         """What other nodes were last waited for, in sentences."""
         return " ".join(self._troubles[node] for node in sorted(self._troubles))
 
-    async def code(self, snapshot: SnapshotId) -> Outcome:
+    async def code(self, snapshot: Snapshot) -> Outcome:
         """Bring a snapshot that is LOCAL here to GLOBAL, or say why not. Call it on all nodes; again where PENDING.
 
         Raises InvalidArgument: the snapshot is not LOCAL here.
         """
-        if find(self.store, snapshot, SlotState.LOCAL) is None:
+        if find(self.store, snapshot, State.LOCAL) is None:
             raise InvalidArgument(f"{snapshot} is not LOCAL on node {self.member.node}: commit its data first.")
         self._troubles.clear()
         try:
@@ -162,51 +163,51 @@ class Exchange:
         except StowplanError as error:
             return self._stopped(snapshot, str(error))
 
-    async def _code(self, snapshot: SnapshotId) -> Outcome:
-        if find(self.store, snapshot, SlotState.PARITY) is None:
-            await self._barrier(snapshot, SlotState.LOCAL)
+    async def _code(self, snapshot: Snapshot) -> Outcome:
+        if find(self.store, snapshot, State.PARITY) is None:
+            await self._barrier(snapshot, State.LOCAL)
             await self._make_parity(snapshot)
-        if self._held(snapshot).state < SlotState.GLOBAL:
-            await self._barrier(snapshot, SlotState.PARITY)
+        if self._held(snapshot).state < State.GLOBAL:
+            await self._barrier(snapshot, State.PARITY)
             self.store.complete(self._held(snapshot).slot, snapshot)
         return Outcome(snapshot, Verdict.GLOBAL)
 
-    def _stopped(self, snapshot: SnapshotId, reason: str, others: bool = False) -> Outcome:
+    def _stopped(self, snapshot: Snapshot, reason: str, others: bool = False) -> Outcome:
         if self.store.generation > snapshot.generation:  # what is in the slot is recovery's now
             return Outcome(snapshot, Verdict.FENCED, reason)
         held = find(self.store, snapshot)
-        if held and held.state > SlotState.LOCAL and not others:
+        if held and held.state > State.LOCAL and not others:
             return Outcome(snapshot, Verdict.PENDING, reason)
         self.service.given_up.add(snapshot)
         if held:
             self.store.give_up(held.slot, snapshot)
         return Outcome(snapshot, Verdict.SKIPPED, reason)
 
-    async def _barrier(self, snapshot: SnapshotId, least: SlotState) -> None:
-        begun = least is SlotState.PARITY
+    async def _barrier(self, snapshot: Snapshot, least: State) -> None:
+        begun = least is State.PARITY
         while True:
             nodes = [node for node in range(self.member.num_nodes) if node != self.member.node]
             answers = await gathered(self._state(node, snapshot) for node in nodes)
             for node, answer in zip(nodes, answers, strict=True):
                 if answer is None:
                     continue
-                if answer.given_up or (begun and answer.state < SlotState.LOCAL):
+                if answer.given_up or (begun and answer.state < State.LOCAL):
                     raise SnapshotPeerRefused("absent", f"node {node} has given up {snapshot}.")
                 if answer.state < least:
                     self._troubles[node] = f"Node {node} is {answer.state.name}."
                 else:
                     self._troubles.pop(node, None)
-            states = [answer.state if answer else SlotState.FREE for answer in answers]
-            if SlotState.GLOBAL in states or min(states) >= least:
+            states = [answer.state if answer else State.FREE for answer in answers]
+            if State.GLOBAL in states or min(states) >= least:
                 return
             await asyncio.sleep(self.limits.poll_seconds)
 
-    async def _state(self, node: int, snapshot: SnapshotId) -> StateAnswer | None:
+    async def _state(self, node: int, snapshot: Snapshot) -> StateAnswer | None:
         self.check_fence()
         answer = await self._asked(node, AskState(snapshot), StateAnswer, b"", self.limits.timeout_seconds)
         return None if answer is None else answer[0]
 
-    async def _make_parity(self, snapshot: SnapshotId) -> None:
+    async def _make_parity(self, snapshot: Snapshot) -> None:
         held = self._held(snapshot)
         own = own_table(self.member, self.store, held)
         if own is None:
@@ -221,7 +222,7 @@ class Exchange:
         crcs = await crcs_in_turn(parity, self.member.block_bytes)
         self.store.complete_parity(self._held(snapshot).slot, snapshot, layout.parity_bytes, crcs)
 
-    async def _table(self, node: int, snapshot: SnapshotId) -> Table:
+    async def _table(self, node: int, snapshot: Snapshot) -> Table:
         _, content = await self.ask(node, AskTable(snapshot, node), Done)
         table = Table.unpacked(content)
         if table is None or (table.node, table.snapshot, table.block_bytes) != (
@@ -230,9 +231,9 @@ class Exchange:
             raise SnapshotPeerRefused("bad", f"node {node} has no table of CRCs of {snapshot}, or it is damaged.")
         return table
 
-    def _held(self, snapshot: SnapshotId) -> Held:
+    def _held(self, snapshot: Snapshot) -> Held:
         self.check_fence()
-        held = find(self.store, snapshot, SlotState.LOCAL)
+        held = find(self.store, snapshot, State.LOCAL)
         if held is None:
             raise SnapshotPeerRefused("absent", f"node {self.member.node} no longer has {snapshot}.")
         return held
@@ -240,7 +241,7 @@ class Exchange:
     async def carry_out(
         self,
         plan: Plan,
-        snapshot: SnapshotId,
+        snapshot: Snapshot,
         areas: Mapping[Area, memoryview],
         tables: Mapping[int, Table],
         *,
@@ -260,7 +261,7 @@ class Exchange:
     async def _pull(
         self,
         terms: Sequence[Term],
-        snapshot: SnapshotId,
+        snapshot: Snapshot,
         areas: Mapping[Area, memoryview],
         tables: Mapping[int, Table],
         urgent: bool,

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field, fields, replace
 from stowplan.core.errors import InvalidArgument
 from stowplan.core.units import MIB
 from stowplan.runtime.snapshot.codes import crc32c
+from stowplan.runtime.snapshot.node_store import Table
 from stowplan.runtime.snapshot.slots import Slot, Snapshot, State
 
 __all__ = [
@@ -34,6 +35,8 @@ __all__ = [
     "chunk_crcs",
     "damage",
     "invalidate",
+    "keep_table",
+    "kept_tables",
     "num_chunks",
     "payload_offset",
     "read_header",
@@ -56,6 +59,7 @@ _CODE_BYTES = 8
 # parity, bytes of data, schema and parity; CRCs of schema, data's table and parity's table
 _FIELDS = struct.Struct("<8sHBB8sHHHx64sQQQQQQQQQIIIx")
 _CRC = struct.Struct("<I")
+_LENGTH = struct.Struct("<I")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,15 +79,19 @@ class Coding:
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """Offsets in a region whose slots hold up to so many bytes of data (schema and payload) and of parity."""
+    """Offsets in a region whose slots hold up to so many bytes of data (schema and payload) and of parity.
+
+    In a group of several nodes there is room for the others' packed tables of CRCs, all with as much data at most.
+    """
 
     data_capacity_bytes: int
     parity_capacity_bytes: int = 0
+    num_nodes: int = 1
 
     def __post_init__(self) -> None:
         for each in fields(self):
             value = getattr(self, each.name)
-            if not 0 <= value < 1 << 48 or (each.name == "data_capacity_bytes" and not value):
+            if not 0 <= value < 1 << 48 or (each.name != "parity_capacity_bytes" and not value):
                 raise InvalidArgument(f"{each.name}={value} is no number of bytes that a slot can have.")
 
     @property
@@ -93,7 +101,23 @@ class Geometry:
 
     def table(self, slot: int) -> int:
         """Where a slot's table begins."""
-        return NUM_SLOTS * _PAGE_BYTES + slot * _aligned(self.num_table_bytes, _PAGE_BYTES)
+        return NUM_SLOTS * _PAGE_BYTES + slot * self._table_stride_bytes
+
+    @property
+    def kept_table_bytes(self) -> int:
+        """Of another node's packed table, the longest that there is room for."""
+        return Table.packed_bytes(self.data_capacity_bytes, CHUNK_BYTES)
+
+    @property
+    def _table_stride_bytes(self) -> int:
+        others = self.num_nodes * (_LENGTH.size + self.kept_table_bytes) if self.num_nodes > 1 else 0
+        return _aligned(self.num_table_bytes + others, _PAGE_BYTES)
+
+    def kept_table(self, slot: int, node: int) -> int:
+        """Where the place for a node's packed table begins: its length, and then the table."""
+        if not 0 <= node < self.num_nodes or self.num_nodes == 1:
+            raise InvalidArgument(f"node {node}'s table cannot be kept in a group of {self.num_nodes}.")
+        return self.table(slot) + self.num_table_bytes + node * (_LENGTH.size + self.kept_table_bytes)
 
     def data(self, slot: int) -> int:
         """Where a slot's data begins."""
@@ -164,7 +188,7 @@ class Header:
             run=_text(run),
             state=State(state),
             snapshot=Snapshot(*snapshot),
-            geometry=Geometry(data_capacity, parity_capacity),
+            geometry=Geometry(data_capacity, parity_capacity, max(n, 1)),
             data_bytes=data_bytes,
             schema_bytes=schema_bytes,
             parity_bytes=parity_bytes,
@@ -231,6 +255,32 @@ def read_table(region: memoryview, geometry: Geometry, slot: int, first: int, co
     begin = geometry.table(slot) + first * _CRC.size
     entries = bytes(region[begin : begin + count * _CRC.size])
     return list(struct.unpack(f"<{count}I", entries)) if crc32c(entries) == crc else None
+
+
+def keep_table(region: memoryview, geometry: Geometry, slot: int, node: int, table: bytes) -> None:
+    """Put another node's packed table beside the slot's own. Raises InvalidArgument: there is no room for it."""
+    begin = geometry.kept_table(slot, node)
+    if len(table) > geometry.kept_table_bytes:
+        raise InvalidArgument(
+            f"node {node}'s table of {len(table)} bytes does not fit in {geometry.kept_table_bytes}: reserve as much "
+            f"data on all nodes."
+        )
+    content = _LENGTH.pack(len(table)) + table
+    region[begin : begin + len(content)] = content
+
+
+def kept_tables(region: memoryview, geometry: Geometry, slot: int, snapshot: Snapshot) -> dict[int, bytes]:
+    """Packed tables of this snapshot that are whole, by node."""
+    found = {}
+    for node in range(geometry.num_nodes if geometry.num_nodes > 1 else 0):
+        begin = geometry.kept_table(slot, node)
+        (length,) = _LENGTH.unpack(region[begin : begin + _LENGTH.size])
+        begin += _LENGTH.size
+        content = bytes(region[begin : begin + min(length, geometry.kept_table_bytes)])
+        table = Table.unpacked(content)
+        if table is not None and (table.node, table.snapshot) == (node, snapshot):
+            found[node] = content
+    return found
 
 
 def chunk_crcs(buffer: memoryview) -> list[int]:

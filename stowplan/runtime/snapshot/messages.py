@@ -32,8 +32,15 @@ __all__ = [
     "Hello",
     "Inspect",
     "Inspected",
+    "Listen",
+    "Listening",
+    "Lost",
+    "Meet",
+    "Peer",
     "RaiseGeneration",
     "RankStatus",
+    "Recover",
+    "Recovered",
     "Refused",
     "Request",
     "Reserve",
@@ -169,6 +176,40 @@ class End:
     """The process ends, and memory that nobody else holds is gone. Answered by Done."""
 
 
+@dataclass(frozen=True, slots=True)
+class Listen:
+    """The rank's exchange with its group is to listen. Answered by Listening."""
+
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Where a node of a group listens."""
+
+    node: int
+    host: str
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class Meet:
+    """All nodes of the rank's group. Answered by Done."""
+
+    rank: int
+    peers: tuple[Peer, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Recover:
+    """Make the newest snapshot whole that the rank's group can, with these nodes. Answered by Recovered, or Lost."""
+
+    rank: int
+    alive: tuple[int, ...]
+    newest_on_disk: str = ""
+    attempt: int = 0
+
+
 # ---- answers -------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True, slots=True)
 class Welcome:
@@ -261,6 +302,33 @@ class Status:
 
 
 @dataclass(frozen=True, slots=True)
+class Listening:
+    """The address for the other nodes."""
+
+    host: str
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """The snapshot that is GLOBAL now; ``lost`` nodes and ``num_bad`` spans of others were computed."""
+
+    sequence: int
+    step: int
+    lost: tuple[int, ...]
+    num_bad: int
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """``UnrecoverableSnapshot``."""
+
+    names: tuple[str, ...]
+    stands: str
+    advice: str
+
+
+@dataclass(frozen=True, slots=True)
 class Done:
     """It is done."""
 
@@ -284,10 +352,11 @@ class Unavailable:
 
 Request: TypeAlias = (
     Hello | Reserve | Attach | Adopt | Detach | Begin | Written | Abandon | Await | Inspect | RollBack | GetStatus
-    | RaiseGeneration | End
+    | RaiseGeneration | End | Listen | Meet | Recover
 )  # fmt: skip
 Answer: TypeAlias = (
-    Welcome | Attached | Begun | Skipped | Waited | Inspected | Status | Done | Refused | Unavailable
+    Welcome | Attached | Begun | Skipped | Waited | Inspected | Status | Done | Refused | Unavailable | Listening
+    | Recovered | Lost
 )  # fmt: skip
 _REQUESTS = {kind.__name__: kind for kind in get_args(Request)}
 _ANSWERS = {kind.__name__: kind for kind in get_args(Answer)}

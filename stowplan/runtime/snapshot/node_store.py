@@ -5,38 +5,16 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 from typing import Protocol
 
 from stowplan.runtime.snapshot.codes import crc32c
+from stowplan.runtime.snapshot.slots import Snapshot, State
 
-__all__ = ["Held", "NodeStore", "SlotState", "SnapshotId", "Table", "block_crcs", "find"]
+__all__ = ["Held", "NodeStore", "Table", "block_crcs", "find"]
 
-_TABLE = struct.Struct("<4sIQQQQQ")  # magic, node, generation, sequence, step, bytes, bytes of a block
+_TABLE = struct.Struct("<4sIQQQQQQ")  # magic, node, generation, sequence, step, bytes, of schema, of a block
 _CRC = struct.Struct("<I")
 _MAGIC = b"STWT"
-
-
-class SlotState(IntEnum):
-    """FREE → WRITING → LOCAL (data and its CRCs are complete) → PARITY (parity, too) → GLOBAL (so on every node)."""
-
-    FREE = 0
-    WRITING = 1
-    LOCAL = 2
-    PARITY = 3
-    GLOBAL = 4
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class SnapshotId:
-    """Which snapshot: the same on all nodes. ``sequence`` counts a run's snapshots and never goes back."""
-
-    generation: int
-    sequence: int
-    step: int
-
-    def __str__(self) -> str:
-        return f"snapshot {self.sequence} (step {self.step}, generation {self.generation})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +22,11 @@ class Held:
     """A slot that is not FREE; ``parity_bytes`` is 0 before PARITY."""
 
     slot: int
-    snapshot: SnapshotId
-    state: SlotState
+    snapshot: Snapshot
+    state: State
     data_bytes: int
     parity_bytes: int = 0
+    schema_bytes: int = 0
 
 
 class NodeStore(Protocol):
@@ -81,22 +60,22 @@ class NodeStore(Protocol):
     def keep_table(self, slot: int, node: int, table: bytes) -> None:
         """Keep another node's packed table beside the slot, until the slot has another snapshot."""
 
-    def complete_parity(self, slot: int, snapshot: SnapshotId, num_bytes: int, crcs: Sequence[int]) -> None:
+    def complete_parity(self, slot: int, snapshot: Snapshot, num_bytes: int, crcs: Sequence[int]) -> None:
         """LOCAL becomes PARITY; in recovery parity of a later state may be replaced, which stays."""
 
-    def complete(self, slot: int, snapshot: SnapshotId) -> None:
+    def complete(self, slot: int, snapshot: Snapshot) -> None:
         """The slot becomes GLOBAL."""
 
-    def give_up(self, slot: int, snapshot: SnapshotId) -> None:
+    def give_up(self, slot: int, snapshot: Snapshot) -> None:
         """The slot becomes FREE: no node can have come to GLOBAL with it. Also from PARITY."""
 
-    def rebuild(self, snapshot: SnapshotId, data_bytes: int) -> int:
+    def rebuild(self, snapshot: Snapshot, data_bytes: int, schema_bytes: int) -> int:
         """A slot, WRITING, with room for what was lost: a FREE one, or else the oldest."""
 
-    def complete_data(self, slot: int, snapshot: SnapshotId, crcs: Sequence[int]) -> None:
+    def complete_data(self, slot: int, snapshot: Snapshot, crcs: Sequence[int]) -> None:
         """WRITING becomes LOCAL with these CRCs; of a later state a damaged table is replaced, and the state stays."""
 
-    def roll_back(self, snapshot: SnapshotId) -> None:
+    def roll_back(self, snapshot: Snapshot) -> None:
         """Slots with newer snapshots become FREE."""
 
 
@@ -105,17 +84,23 @@ class Table:
     """CRC-32C of each block of a node's data in one snapshot; packed it carries a CRC of its own."""
 
     node: int
-    snapshot: SnapshotId
+    snapshot: Snapshot
     num_bytes: int
     block_bytes: int
     crcs: tuple[int, ...]
+    schema_bytes: int = 0
 
     def packed(self) -> bytes:
         """For the wire and for other nodes' memory."""
         key = self.snapshot
-        head = (self.node, key.generation, key.sequence, key.step, self.num_bytes, self.block_bytes)
+        head = (self.node, key.generation, key.sequence, key.step, self.num_bytes, self.schema_bytes, self.block_bytes)
         body = _TABLE.pack(_MAGIC, *head) + struct.pack(f"<{len(self.crcs)}I", *self.crcs)
         return body + _CRC.pack(crc32c(body))
+
+    @classmethod
+    def packed_bytes(cls, num_bytes: int, block_bytes: int) -> int:
+        """How long the packed table of so many bytes is."""
+        return _TABLE.size + _CRC.size * (-(-num_bytes // block_bytes) + 1)
 
     @classmethod
     def unpacked(cls, content: bytes) -> Table | None:
@@ -123,14 +108,14 @@ class Table:
         body, crc = content[: -_CRC.size], content[-_CRC.size :]
         if len(body) < _TABLE.size or len(body) % _CRC.size or _CRC.pack(crc32c(body)) != crc:
             return None
-        magic, node, generation, sequence, step, num_bytes, block_bytes = _TABLE.unpack_from(body)
+        magic, node, generation, sequence, step, num_bytes, schema_bytes, block_bytes = _TABLE.unpack_from(body)
         crcs = struct.unpack(f"<{(len(body) - _TABLE.size) // _CRC.size}I", body[_TABLE.size :])
         if magic != _MAGIC or not block_bytes or len(crcs) != -(-num_bytes // block_bytes):
             return None
-        return cls(node, SnapshotId(generation, sequence, step), num_bytes, block_bytes, crcs)
+        return cls(node, Snapshot(generation, sequence, step), num_bytes, block_bytes, crcs, schema_bytes)
 
 
-def find(store: NodeStore, snapshot: SnapshotId, least: SlotState = SlotState.WRITING) -> Held | None:
+def find(store: NodeStore, snapshot: Snapshot, least: State = State.WRITING) -> Held | None:
     """The slot that has this snapshot in this state or a later one."""
     return next((held for held in store.held() if held.snapshot == snapshot and held.state >= least), None)
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from stowplan.runtime.snapshot.codes import Area, Span
-from stowplan.runtime.snapshot.node_store import Held, SlotState, SnapshotId
+from stowplan.runtime.snapshot.node_store import Held
+from stowplan.runtime.snapshot.slots import Snapshot, State
 
 __all__ = [
     "REQUESTS",
@@ -37,14 +38,14 @@ class Done:
 class AskState:
     """How far is this snapshot? → StateAnswer."""
 
-    snapshot: SnapshotId
+    snapshot: Snapshot
 
 
 @dataclass(frozen=True, slots=True)
 class StateAnswer:
     """``given_up``: the node had it, or has a newer one, and it will never be complete there."""
 
-    state: SlotState
+    state: State
     given_up: bool
 
 
@@ -52,7 +53,7 @@ class StateAnswer:
 class AskTable:
     """The table of ``node`` as this one has it → Done, with the packed table or nothing."""
 
-    snapshot: SnapshotId
+    snapshot: Snapshot
     node: int
 
 
@@ -60,7 +61,7 @@ class AskTable:
 class Read:
     """Bytes within one block → Done, with the bytes; ``urgent`` (recovery) is not limited in rate."""
 
-    snapshot: SnapshotId
+    snapshot: Snapshot
     area: Area
     offset: int
     length: int
@@ -83,7 +84,7 @@ class Holdings:
 class Verify:
     """Look at all bytes; the payload is the node's own table, to be put in place of one that is damaged → Verified."""
 
-    snapshot: SnapshotId
+    snapshot: Snapshot
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +108,7 @@ class Decision:
     """
 
     verdict: str
-    snapshot: SnapshotId | None = None
+    snapshot: Snapshot | None = None
     node_bytes: tuple[int, ...] = ()
     lost: tuple[int, ...] = ()
     bad: tuple[Span, ...] = ()

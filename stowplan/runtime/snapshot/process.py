@@ -1,7 +1,7 @@
 """The memory process: outlives trainers and whoever started it, and ends when it is told to, or after a time alone.
 
     python -m stowplan.runtime.snapshot.process --run RUN --node NODE --num-ranks N --directory D
-        [--generation G] [--idle-seconds S]
+        [--generation G] [--idle-seconds S] [--listen ADDRESS]
 
 returns when the process serves, with 0, or says on stderr why there is none. The process is forked twice and has a
 session of its own: it is in no process group that a launcher kills, and nobody's child. Its log is beside its socket.
@@ -21,13 +21,15 @@ from pathlib import Path
 from stowplan.core.errors import StowplanError
 from stowplan.core.units import MIB
 from stowplan.runtime.snapshot import protocol
+from stowplan.runtime.snapshot.group_coder import GroupCoder
 from stowplan.runtime.snapshot.locks import FileLock
 from stowplan.runtime.snapshot.server import Server
 from stowplan.runtime.snapshot.store import Store
 
-__all__ = ["IDLE_SECONDS", "main"]
+__all__ = ["IDLE_SECONDS", "LOOPBACK", "main"]
 
 IDLE_SECONDS = 600.0
+LOOPBACK = "127.0.0.1"
 _LOG = logging.getLogger("stowplan.runtime.snapshot")
 
 
@@ -65,8 +67,9 @@ def _serve(options: argparse.Namespace, files: protocol.Files, tell: int) -> int
         if not lock.acquire(blocking=False):
             _tell(tell, "ready")  # another one serves
             return 0
-        store = Store(options.run, options.generation, options.num_ranks)
-        server = Server(store, options.node, files.socket, options.idle_seconds)
+        coder = GroupCoder(options.run, options.listen)
+        store = Store(options.run, options.generation, options.num_ranks, coder)
+        server = Server(store, options.node, files.socket, options.idle_seconds, coder)
     except (OSError, StowplanError) as error:
         _LOG.exception("no memory process")
         _tell(tell, f"{error}\n")
@@ -104,6 +107,7 @@ def _parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--generation", type=int, default=0)
     parser.add_argument("--idle-seconds", type=float, default=IDLE_SECONDS)
     parser.add_argument("--directory", type=Path, required=True)
+    parser.add_argument("--listen", default=LOOPBACK)
     return parser.parse_args(arguments)
 
 

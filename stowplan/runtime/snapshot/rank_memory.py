@@ -115,21 +115,23 @@ class RankMemory:
         """The first bytes for a snapshot's parity."""
         return self.geometry.parity_view(self.region.view, self.slots.find(sequence), num_bytes)
 
-    def make_local(self, sequence: int, sums: Checksums) -> None:
-        """WRITING → LOCAL."""
-        slots = self.slots.advanced(sequence, State.LOCAL)
+    def make_local(self, sequence: int, sums: Checksums, *, mending: bool = False) -> None:
+        """WRITING → LOCAL; ``mending``: of a later state the table is replaced, and the state stays."""
+        slots = self._advanced(sequence, State.LOCAL, mending)
         index, header = self.header(sequence)
         crc = write_table(self.region.view, self.geometry, index, 0, sums.chunks)
-        changed = replace(header, state=State.LOCAL, data_table_crc=crc, schema_crc=sums.schema_crc)
+        state = max(header.state, State.LOCAL)
+        changed = replace(header, state=state, data_table_crc=crc, schema_crc=sums.schema_crc)
         self._commit(index, changed, slots)
 
-    def make_parity(self, sequence: int, parity_bytes: int, sums: Checksums) -> None:
-        """LOCAL → PARITY: so many bytes of parity are there."""
-        slots = self.slots.advanced(sequence, State.PARITY)
+    def make_parity(self, sequence: int, parity_bytes: int, sums: Checksums, *, mending: bool = False) -> None:
+        """LOCAL → PARITY: so many bytes of parity are there; ``mending`` as in ``make_local``."""
+        slots = self._advanced(sequence, State.PARITY, mending)
         index, header = self.header(sequence)
         first = num_chunks(self.geometry.data_capacity_bytes)
         crc = write_table(self.region.view, self.geometry, index, first, sums.chunks)
-        changed = replace(header, state=State.PARITY, parity_bytes=parity_bytes, parity_table_crc=crc)
+        state = max(header.state, State.PARITY)
+        changed = replace(header, state=state, parity_bytes=parity_bytes, parity_table_crc=crc)
         self._commit(index, changed, slots)
 
     def make_global(self, sequence: int) -> None:
@@ -168,6 +170,12 @@ class RankMemory:
         invalidate(self.region.view, index)
         self.headers.pop(index, None)
         self.damaged.pop(index, None)
+
+    def _advanced(self, sequence: int, state: State, mending: bool) -> Slots:
+        if mending and self.slots.state(sequence) >= state:
+            self.damaged.pop(self.slots.find(sequence), None)
+            return self.slots
+        return self.slots.advanced(sequence, state)
 
     def _commit(self, index: int, header: Header, slots: Slots) -> None:
         write_header(self.region.view, index, header)

@@ -24,7 +24,7 @@ from stowplan.core.errors import (
 )
 from stowplan.runtime.snapshot.codes import Area, Layout, Plan, Span
 from stowplan.runtime.snapshot.exchange import Exchange, crcs_in_turn, fenced, gathered
-from stowplan.runtime.snapshot.node_store import Held, SlotState, SnapshotId, Table, find
+from stowplan.runtime.snapshot.node_store import Held, Table, find
 from stowplan.runtime.snapshot.peer_messages import (
     AskDecision,
     AskHoldings,
@@ -38,24 +38,28 @@ from stowplan.runtime.snapshot.peer_messages import (
     Verified,
     Verify,
 )
+from stowplan.runtime.snapshot.slots import Snapshot, State
 
 __all__ = ["Restored", "recover"]
+
+_MOST_TRIED = 1 << 16  # snapshots in one attempt
 
 
 @dataclass(frozen=True, slots=True)
 class Restored:
     """What training goes on from: ``lost`` nodes and ``bad`` spans of others were computed from the rest."""
 
-    snapshot: SnapshotId
+    snapshot: Snapshot
     lost: tuple[int, ...]
     bad: tuple[Span, ...]
 
 
-async def recover(exchange: Exchange, alive: Iterable[int], newest_on_disk: str = "") -> Restored:
+async def recover(exchange: Exchange, alive: Iterable[int], newest_on_disk: str = "", *, attempt: int = 0) -> Restored:
     """Make the newest snapshot that can be had whole and GLOBAL on all ``alive`` nodes, empty ones included.
 
     Call it on all of them, with the same ``alive``, after every store has the new generation; ``newest_on_disk`` says
-    where to go on from otherwise. Nothing of a slot is given up before all that is needed is verified.
+    where to go on from otherwise. Nothing of a slot is given up before all that is needed is verified. Each ``attempt``
+    of a generation has another number, the same on all nodes.
 
     Raises UnrecoverableSnapshot, on all nodes; SnapshotPeerUnavailable: a node of ``alive`` did not answer in time, so
     begin anew without it and with a new generation; SnapshotPeerRefused: this node is stale, or of another job.
@@ -69,8 +73,8 @@ async def recover(exchange: Exchange, alive: Iterable[int], newest_on_disk: str 
         with fenced(exchange.store.generation):
             async with asyncio.timeout(exchange.limits.recovery_seconds):
                 if exchange.member.node == members[0]:
-                    return await _lead(exchange, members, newest_on_disk)
-                return await _follow(exchange, members[0])
+                    return await _lead(exchange, members, newest_on_disk, attempt * _MOST_TRIED)
+                return await _follow(exchange, members[0], attempt * _MOST_TRIED)
     except TimeoutError as error:
         raise SnapshotPeerUnavailable(
             f"no recovery in {exchange.limits.recovery_seconds:g} s. {exchange.troubles} Begin anew, with a new "
@@ -78,9 +82,8 @@ async def recover(exchange: Exchange, alive: Iterable[int], newest_on_disk: str 
         ) from error
 
 
-async def _lead(exchange: Exchange, members: Sequence[int], newest_on_disk: str) -> Restored:
+async def _lead(exchange: Exchange, members: Sequence[int], newest_on_disk: str, number: int) -> Restored:
     refusal: Decision | None = None
-    number = 0
     advice = f"Go on from the newest copy on disk{': ' if newest_on_disk else ''}{newest_on_disk}."
     holdings = await _holdings(exchange, members)
     for snapshot in sorted({each.snapshot for slots in holdings.values() for each in slots}, reverse=True):
@@ -106,8 +109,7 @@ async def _holdings(exchange: Exchange, members: Sequence[int]) -> dict[int, tup
     return {node: answer.held for node, (answer, _) in zip(members, answers, strict=True)}
 
 
-async def _follow(exchange: Exchange, leader: int) -> Restored:
-    number = 0
+async def _follow(exchange: Exchange, leader: int, number: int) -> Restored:
     while True:
         answer, _ = await exchange.ask(leader, AskDecision(number), DecisionAnswer)
         decision: Decision | None = answer.decision
@@ -144,14 +146,14 @@ async def _results(exchange: Exchange, members: Sequence[int], number: int, deci
 def _committed(exchange: Exchange, decision: Decision) -> Restored:
     assert decision.snapshot is not None
     exchange.check_fence()
-    held = find(exchange.store, decision.snapshot, SlotState.PARITY)
+    held = find(exchange.store, decision.snapshot, State.PARITY)
     assert held is not None
     exchange.store.complete(held.slot, decision.snapshot)
     exchange.store.roll_back(decision.snapshot)
     return Restored(decision.snapshot, decision.lost, decision.bad)
 
 
-async def _examined(exchange: Exchange, members: Sequence[int], snapshot: SnapshotId) -> Decision:
+async def _examined(exchange: Exchange, members: Sequence[int], snapshot: Snapshot) -> Decision:
     """Whether it can be rebuilt ("rebuild"), or why not."""
     holdings = await _holdings(exchange, members)
     holders = {node: each for node, slots in holdings.items() for each in slots if each.snapshot == snapshot}
@@ -175,7 +177,7 @@ async def _examined(exchange: Exchange, members: Sequence[int], snapshot: Snapsh
     return Decision("rebuild", snapshot, layout.node_bytes, lost, bad)
 
 
-async def _any_table(exchange: Exchange, snapshot: SnapshotId, node: int, holders: Iterable[int]) -> Table | None:
+async def _any_table(exchange: Exchange, snapshot: Snapshot, node: int, holders: Iterable[int]) -> Table | None:
     """A node's table, of itself or else of any other that has it whole."""
     for holder in sorted(holders, key=lambda holder: holder != node):
         _, content = await exchange.ask(holder, AskTable(snapshot, node), Done)
@@ -192,7 +194,7 @@ async def _bad(exchange: Exchange, layout: Layout, held: Held, table: Table) -> 
     answer, _ = await exchange.ask(
         table.node, Verify(table.snapshot), Verified, table.packed(), timeout_seconds=seconds
     )  # fmt: skip
-    if held.state >= SlotState.PARITY and answer.parity_bytes == layout.parity_bytes:
+    if held.state >= State.PARITY and answer.parity_bytes == layout.parity_bytes:
         return answer.bad
     parity = Span(table.node, Area.PARITY, 0, layout.parity_bytes)
     return (*(span for span in answer.bad if span.area is Area.DATA), parity)
@@ -227,9 +229,9 @@ async def _rebuild(exchange: Exchange, decision: Decision) -> None:
     for each in range(exchange.member.num_nodes):
         tables[each] = await _decided_table(exchange, snapshot, each, decision)
     if node in decision.lost:
-        slot = store.rebuild(snapshot, layout.node_bytes[node])
+        slot = store.rebuild(snapshot, layout.node_bytes[node], tables[node].schema_bytes)
     else:
-        held = find(store, snapshot, SlotState.LOCAL)
+        held = find(store, snapshot, State.LOCAL)
         if held is None:
             raise SnapshotPeerRefused("absent", f"node {node} no longer has {snapshot}.")
         slot = held.slot
@@ -247,7 +249,7 @@ async def _rebuild(exchange: Exchange, decision: Decision) -> None:
             store.keep_table(slot, other, table.packed())
     made = await crcs_in_turn(parity, size)
     exchange.check_fence()
-    held = find(store, snapshot, SlotState.PARITY)
+    held = find(store, snapshot, State.PARITY)
     expected = store.parity_crcs(slot) if held and held.parity_bytes == layout.parity_bytes else None
     if expected is None:  # all of it was made now, of bytes that were verified
         store.complete_parity(slot, snapshot, layout.parity_bytes, made)
@@ -255,7 +257,7 @@ async def _rebuild(exchange: Exchange, decision: Decision) -> None:
         raise SnapshotPeerRefused("bad", f"node {node}'s parity of {snapshot} does not have its CRCs.")
 
 
-async def _decided_table(exchange: Exchange, snapshot: SnapshotId, node: int, decision: Decision) -> Table:
+async def _decided_table(exchange: Exchange, snapshot: Snapshot, node: int, decision: Decision) -> Table:
     """As the leader found it: its owner's, or any that is whole."""
     holders = [each for each in range(exchange.member.num_nodes) if each not in decision.lost]
     table = await _any_table(exchange, snapshot, node, holders)

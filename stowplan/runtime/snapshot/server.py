@@ -15,8 +15,16 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from stowplan.core.errors import InvalidArgument, SnapshotMemoryUnavailable, SnapshotRefused
+from stowplan.core.errors import (
+    InvalidArgument,
+    SnapshotMemoryUnavailable,
+    SnapshotPeerRefused,
+    SnapshotPeerUnavailable,
+    SnapshotRefused,
+    UnrecoverableSnapshot,
+)
 from stowplan.runtime.snapshot import messages, protocol
+from stowplan.runtime.snapshot.group_coder import GroupCoder
 from stowplan.runtime.snapshot.layout import Geometry
 from stowplan.runtime.snapshot.memory import Region
 from stowplan.runtime.snapshot.messages import Answer, Request
@@ -55,8 +63,8 @@ class _WithDescriptor:
 class Server:
     """Serves ``store`` at a socket until it is told to end, or nobody was connected for ``idle_seconds``."""
 
-    def __init__(self, store: Store, node: str, path: Path, idle_seconds: float) -> None:
-        self.store, self.node, self.idle_seconds = store, node, idle_seconds
+    def __init__(self, store: Store, node: str, path: Path, idle_seconds: float, groups: GroupCoder) -> None:
+        self.store, self.node, self.idle_seconds, self.groups = store, node, idle_seconds, groups
         self._path = path
         self._stop = threading.Event()
         self._writers = Writers()
@@ -158,6 +166,10 @@ class Server:
             return messages.Refused(refused.reason, refused.problem)
         except SnapshotMemoryUnavailable as unavailable:
             return messages.Unavailable(unavailable.problem, unavailable.needed_bytes, unavailable.available_bytes)
+        except UnrecoverableSnapshot as lost:
+            return messages.Lost(tuple(lost.lost), lost.stands, lost.advice)
+        except (SnapshotPeerRefused, SnapshotPeerUnavailable) as error:
+            return messages.Refused("peer", str(error))
         except InvalidArgument as invalid:
             return messages.Refused("size", str(invalid))
         finally:
@@ -203,7 +215,7 @@ class Server:
     def _answer_anybody(self, session: _Conversation, request: Request) -> Answer:
         match request:
             case messages.Reserve():
-                geometry = Geometry(request.data_bytes, request.parity_bytes)
+                geometry = Geometry(request.data_bytes, request.parity_bytes, request.coding.n)
                 return _attached(self.store.reserve(request.rank, geometry, request.coding))
             case messages.Await():
                 return self._wait(session, request)
@@ -211,12 +223,26 @@ class Server:
                 return messages.Inspected(self.store.inspect(request.rank))
             case messages.RollBack():
                 self.store.roll_back(request.sequence)
+            case messages.Listen() | messages.Meet() | messages.Recover():
+                return self._answer_group(request)
             case messages.GetStatus():
                 return self._status()
             case messages.End():
                 _LOG.info("ends, as a process asks for it")
                 self.stop()
         return messages.Done()
+
+    def _answer_group(self, request: messages.Listen | messages.Meet | messages.Recover) -> Answer:
+        match request:
+            case messages.Listen():
+                return messages.Listening(*self.groups.listen(self.store, request.rank))
+            case messages.Meet():
+                peers = {peer.node: (peer.host, peer.port) for peer in request.peers}
+                self.groups.meet(self.store, request.rank, peers)
+                return messages.Done()
+            case messages.Recover():
+                found = self.groups.recover(request.rank, request.alive, request.newest_on_disk, request.attempt)
+                return messages.Recovered(found.snapshot.sequence, found.snapshot.step, found.lost, len(found.bad))
 
     def _greet(self, session: _Conversation, hello: messages.Hello) -> Answer:
         if hello.version != messages.PROTOCOL_VERSION:
@@ -237,7 +263,7 @@ class Server:
     def _adopt(self, session: _Conversation, request: messages.Adopt, descriptor: int) -> Answer:
         region = Region.received(descriptor)
         try:
-            geometry = Geometry(request.data_bytes, request.parity_bytes)
+            geometry = Geometry(request.data_bytes, request.parity_bytes, request.coding.n)
             self._claim(session, request.rank)
             return _attached(self.store.adopt(request.rank, region, geometry, request.coding))
         except BaseException:

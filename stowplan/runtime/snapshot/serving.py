@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from stowplan.core.errors import SnapshotPeerRefused
 from stowplan.runtime.snapshot.authentication import Member
 from stowplan.runtime.snapshot.codes import Area, Span, crc32c
-from stowplan.runtime.snapshot.node_store import Held, NodeStore, SlotState, SnapshotId, Table, block_crcs, find
+from stowplan.runtime.snapshot.node_store import Held, NodeStore, Table, block_crcs, find
 from stowplan.runtime.snapshot.peer_messages import (
     Answer,
     AskDecision,
@@ -28,6 +28,7 @@ from stowplan.runtime.snapshot.peer_messages import (
     Verify,
 )
 from stowplan.runtime.snapshot.rates import TokenBucket
+from stowplan.runtime.snapshot.slots import Snapshot, State
 
 __all__ = ["Service", "own_table"]
 
@@ -37,7 +38,7 @@ class Service:
 
     def __init__(self, member: Member, store: NodeStore, bucket: TokenBucket | None) -> None:
         self._member, self._store, self._bucket = member, store, bucket
-        self.given_up: set[SnapshotId] = set()
+        self.given_up: set[Snapshot] = set()
         self.decisions: dict[tuple[int, int], Decision] = {}
         self.results: dict[tuple[int, int], str] = {}
 
@@ -54,7 +55,7 @@ class Service:
             case Read():
                 return Done(), await self._read(request)
             case AskHoldings():
-                return Holdings(tuple(held for held in self._store.held() if held.state >= SlotState.LOCAL)), b""
+                return Holdings(tuple(held for held in self._store.held() if held.state >= State.LOCAL)), b""
             case Verify():
                 return await self._verify(request.snapshot, payload), b""
             case AskDecision():
@@ -76,13 +77,13 @@ class Service:
                 f"node {self._member.node} is at generation {own} and node {node} at {generation}: raise it there.",
             )
 
-    def _state(self, snapshot: SnapshotId) -> StateAnswer:
+    def _state(self, snapshot: Snapshot) -> StateAnswer:
         held = find(self._store, snapshot)
         newer = any(each.snapshot > snapshot for each in self._store.held())
-        return StateAnswer(held.state if held else SlotState.FREE, not held and (newer or snapshot in self.given_up))
+        return StateAnswer(held.state if held else State.FREE, not held and (newer or snapshot in self.given_up))
 
-    def _table(self, snapshot: SnapshotId, node: int) -> bytes:
-        held = find(self._store, snapshot, SlotState.LOCAL)
+    def _table(self, snapshot: Snapshot, node: int) -> bytes:
+        held = find(self._store, snapshot, State.LOCAL)
         if held is None:
             return b""
         if node == self._member.node and (own := own_table(self._member, self._store, held)):
@@ -93,7 +94,7 @@ class Service:
         block_bytes, begin, end = self._member.block_bytes, request.offset, request.offset + request.length
         if self._bucket and not request.urgent:
             await self._bucket.take(max(request.length, 0))
-        least = SlotState.LOCAL if request.area is Area.DATA else SlotState.PARITY
+        least = State.LOCAL if request.area is Area.DATA else State.PARITY
         held = find(self._store, request.snapshot, least)
         if held is None:
             raise self._absent(request)
@@ -119,8 +120,8 @@ class Service:
         what = f"{request.area} of {request.snapshot}"
         return SnapshotPeerRefused("absent", f"node {self._member.node} does not have {what}, or no longer.")
 
-    async def _verify(self, snapshot: SnapshotId, payload: bytes) -> Verified:
-        held, table = find(self._store, snapshot, SlotState.LOCAL), Table.unpacked(payload)
+    async def _verify(self, snapshot: Snapshot, payload: bytes) -> Verified:
+        held, table = find(self._store, snapshot, State.LOCAL), Table.unpacked(payload)
         if held is None:
             raise SnapshotPeerRefused("absent", f"node {self._member.node} does not have {snapshot}, or no longer.")
         if table is None or (table.node, table.snapshot, table.num_bytes) != (
@@ -131,7 +132,7 @@ class Service:
             self._store.complete_data(held.slot, snapshot, table.crcs)
         data = await asyncio.to_thread(block_crcs, self._store.data(held.slot), self._member.block_bytes)
         bad = list(self._bad(Area.DATA, held.data_bytes, data, table.crcs))
-        if held.state >= SlotState.PARITY:
+        if held.state >= State.PARITY:
             view = self._store.parity(held.slot, held.parity_bytes)
             parity = await asyncio.to_thread(block_crcs, view, self._member.block_bytes)
             bad += self._bad(Area.PARITY, held.parity_bytes, parity, self._store.parity_crcs(held.slot))
@@ -150,4 +151,4 @@ def own_table(member: Member, store: NodeStore, held: Held) -> Table | None:
     crcs = store.data_crcs(held.slot)
     if crcs is None:
         return None
-    return Table(member.node, held.snapshot, held.data_bytes, member.block_bytes, tuple(crcs))
+    return Table(member.node, held.snapshot, held.data_bytes, member.block_bytes, tuple(crcs), held.schema_bytes)

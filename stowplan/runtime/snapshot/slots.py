@@ -142,11 +142,14 @@ class Slots:
             raise SnapshotRefused("order", f"{slot.snapshot} is {slot.state.name} and cannot become {state.name} now.")
         return self._with(index, Slot(state, slot.snapshot))
 
-    def abandoned(self, sequence: int) -> Slots:
-        """The snapshot is given up: some rank does not have it. Not from PARITY on, when others may count on it."""
+    def abandoned(self, sequence: int, *, by_all: bool = False) -> Slots:
+        """The snapshot is given up: some rank does not have it. Not from PARITY on, when others may count on it.
+
+        ``by_all``: PARITY may be given up, too, as another member gave up before it had PARITY: nobody comes to GLOBAL.
+        """
         index = self.find(sequence)
         slot = self.slots[index]
-        if slot.state > State.LOCAL:
+        if slot.state > (State.PARITY if by_all else State.LOCAL):
             raise SnapshotRefused(
                 "order", f"{slot.snapshot} is {slot.state.name}: others may count on it. Restart the job to go back."
             )
@@ -157,10 +160,18 @@ class Slots:
         return self._without(lambda slot: slot.sequence > sequence)
 
     def rebuilding(self, snapshot: Snapshot) -> tuple[Slots, int]:
-        """A lost snapshot is being computed from other nodes' into the slot whose number comes with it."""
-        kept = self._without(lambda slot: slot.sequence >= snapshot.sequence or slot.pending)
-        index = min(range(len(self.slots)), key=lambda index: kept.slots[index].sequence)
-        return kept._with(index, Slot(State.WRITING, snapshot)), index
+        """A lost snapshot is being computed from other nodes' into the slot whose number comes with it.
+
+        That is one that is FREE or was being written, has the same or a newer snapshot, or else the older one.
+        """
+
+        def worth(index: int) -> int:
+            slot = self.slots[index]
+            unfinished = slot.state <= State.WRITING
+            return 0 if unfinished or slot.snapshot is None or slot.snapshot >= snapshot else slot.sequence
+
+        index = min(range(len(self.slots)), key=worth)
+        return self._with(index, Slot(State.WRITING, snapshot)), index
 
     def survived(self) -> Slots:
         """After the memory process was lost: what was being written will never be complete, all else is as it was."""

@@ -90,7 +90,7 @@ class Store:
             self._raise(memory.slots.generation)
             _LOG.info("rank %d: adopted %s", rank, [slot.state.name for slot in memory.slots.slots])
         self._submit(self._checkers, rank, self._verify, memory)
-        self._resume()
+        self.resume()
         return memory
 
     def memory(self, rank: int) -> RankMemory:
@@ -170,13 +170,6 @@ class Store:
             slots = self.memory(rank).slots.slots
             return any(slot.snapshot == snapshot and slot.state >= state for slot in slots)
 
-    def rebuild(self, rank: int, snapshot: Snapshot, data_bytes: int, schema_bytes: int) -> memoryview:
-        """Where the bytes of a snapshot that was lost here are to be put; ``written`` completes them."""
-        with self._changed:
-            memory = self.memory(rank)
-            memory.begin(snapshot, data_bytes, schema_bytes, rebuilding=True)
-            return memory.data(snapshot.sequence)
-
     def wait(self, rank: int, sequence: int, state: State, timeout_seconds: float) -> State:
         """The snapshot's state when it has come to ``state`` or beyond, is given up, or the time is over."""
         until = time.monotonic() + timeout_seconds
@@ -211,14 +204,17 @@ class Store:
             for memory in self._ranks.values():
                 memory.become(memory.slots.rolled_back(sequence))
             self._changed.notify_all()
-        self._resume()
+        self.resume()
 
     # ---- what there is ----
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Nothing changes but by this thread."""
+        """Nothing changes but by this thread; who waits looks again afterwards."""
         with self._changed:
-            yield
+            try:
+                yield
+            finally:
+                self._changed.notify_all()
 
     def members(self) -> dict[int, Slots]:
         """The states of all ranks that have memory."""
@@ -294,7 +290,7 @@ class Store:
                 self._unverified.discard(memory.rank)
             self._changed.notify_all()
 
-    def _resume(self) -> None:
+    def resume(self) -> None:
         """Tell the coder of what is on its way, as nobody else will."""
         for rank, slots in self.members().items():
             for slot in slots.slots:

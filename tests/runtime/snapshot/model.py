@@ -106,8 +106,9 @@ def _steps(group: Group, m: int, rules: Rules, empty: Node, num_snapshots: int) 
             for slot in node.slots.slots:
                 others = [other for other in group.nodes if other.slots.generation == node.slots.generation]
                 passed = any(o.made >= slot.sequence and not o.slots.state(slot.sequence) for o in others)
-                if slot.snapshot and slot.state <= State.LOCAL and passed:
-                    yield _with(group, index, replace(node, slots=node.slots.abandoned(slot.sequence), coding=None))
+                if slot.snapshot and slot.state <= State.PARITY and passed:
+                    left = node.slots.abandoned(slot.sequence, by_all=True)
+                    yield _with(group, index, replace(node, slots=left, coding=None))
         if node.slots.generation < group.generation:
             stopped = node.slots.fenced(group.generation)
             yield _with(group, index, replace(node, slots=stopped, coding=None, running=False))

@@ -12,8 +12,9 @@ from stowplan.core.errors import SnapshotPeerRefused
 from stowplan.runtime.snapshot.authentication import JobToken
 from stowplan.runtime.snapshot.codes import Layout, code_for, encode
 from stowplan.runtime.snapshot.exchange import Exchange, Limits, member_of
-from stowplan.runtime.snapshot.node_store import Held, SlotState, SnapshotId, block_crcs, find
+from stowplan.runtime.snapshot.node_store import Held, block_crcs, find
 from stowplan.runtime.snapshot.recovery import recover
+from stowplan.runtime.snapshot.slots import Snapshot, State
 
 TOKEN = JobToken(b"a token of this job, not of others")
 BLOCK_BYTES = 4096
@@ -71,35 +72,35 @@ class MemoryStore:
         self.slots[slot] = replace(held, **changes)
 
     def complete_parity(self, slot, snapshot, num_bytes, crcs):
-        state = max(self.slots[slot].state, SlotState.PARITY)
+        state = max(self.slots[slot].state, State.PARITY)
         self._change(slot, snapshot, state=state, parity_bytes=num_bytes)
         self.crcs[slot]["parity"] = list(crcs)
 
     def complete(self, slot, snapshot):
-        assert self.slots[slot].state >= SlotState.PARITY
-        self._change(slot, snapshot, state=SlotState.GLOBAL)
+        assert self.slots[slot].state >= State.PARITY
+        self._change(slot, snapshot, state=State.GLOBAL)
 
     def give_up(self, slot, snapshot):
         self._change(slot, snapshot)
-        assert self.slots[slot].state < SlotState.GLOBAL
+        assert self.slots[slot].state < State.GLOBAL
         self.slots[slot] = None
 
-    def rebuild(self, snapshot, data_bytes):
+    def rebuild(self, snapshot, data_bytes, schema_bytes=0):
         def order(slot):
             held = self.slots[slot]
             if held is None:
                 return (0, 0)
-            return (0, 0) if held.snapshot >= snapshot or held.state < SlotState.LOCAL else (1, held.snapshot.sequence)
+            return (0, 0) if held.snapshot >= snapshot or held.state < State.LOCAL else (1, held.snapshot.sequence)
 
         slot = min((0, 1), key=order)
-        self.slots[slot] = Held(slot, snapshot, SlotState.WRITING, data_bytes)
+        self.slots[slot] = Held(slot, snapshot, State.WRITING, data_bytes, schema_bytes=schema_bytes)
         self.bytes[slot]["data"] = bytearray(b"\x5a" * data_bytes)
         self.crcs[slot] = {"data": None, "parity": None}
         self.others[slot] = {}
         return slot
 
     def complete_data(self, slot, snapshot, crcs):
-        self._change(slot, snapshot, state=max(self.slots[slot].state, SlotState.LOCAL))
+        self._change(slot, snapshot, state=max(self.slots[slot].state, State.LOCAL))
         self.crcs[slot]["data"] = list(crcs)
 
     def roll_back(self, snapshot):
@@ -239,7 +240,7 @@ class Group:
         encode(layout, data, parity)
         for node in data if nodes is None else nodes:
             store = self.stores[node]
-            held = find(store, snapshot, SlotState.GLOBAL)
+            held = find(store, snapshot, State.GLOBAL)
             assert held is not None, (node, store.slots)
             assert bytes(store.data(held.slot)) == data[node]
             assert bytes(store.parity(held.slot, layout.parity_bytes)) == parity[node]
@@ -249,4 +250,4 @@ class Group:
 
 
 def snapshot_id(sequence, generation=1):
-    return SnapshotId(generation, sequence, 10 * sequence)
+    return Snapshot(generation, sequence, 10 * sequence)

@@ -11,7 +11,8 @@ from stowplan import InvalidArgument
 from stowplan.runtime.snapshot.authentication import JobToken
 from stowplan.runtime.snapshot.codes import code_for
 from stowplan.runtime.snapshot.exchange import Exchange, Limits, Verdict, member_of
-from stowplan.runtime.snapshot.node_store import SlotState, Table, find
+from stowplan.runtime.snapshot.node_store import Table, find
+from stowplan.runtime.snapshot.slots import State
 from tests.runtime.snapshot.nodes import CODES, QUICK, TOKEN, Group, MemoryStore, snapshot_id
 
 FIRST, SECOND, THIRD = (snapshot_id(sequence) for sequence in (1, 2, 3))
@@ -68,7 +69,7 @@ def test_nodes_that_become_local_later_are_waited_for():
             group.commit(FIRST, [0, 1])
             early = asyncio.ensure_future(group.code_all(FIRST, [0, 1]))
             await asyncio.sleep(0.05)
-            assert {group.stores[node].slots[0].state for node in (0, 1)} == {SlotState.LOCAL}
+            assert {group.stores[node].slots[0].state for node in (0, 1)} == {State.LOCAL}
             group.commit(FIRST, [2])
             assert verdicts(await group.code_all(FIRST, [2])) == {Verdict.GLOBAL}
             assert verdicts(await early) == {Verdict.GLOBAL}
@@ -126,7 +127,7 @@ def test_with_parity_a_node_waits_until_it_knows_and_a_later_call_goes_on():
             outcome = (await group.code_all(FIRST, [0]))[0]
             assert outcome.verdict is Verdict.PENDING
             assert "Node 2 is LOCAL" in outcome.reason
-            assert find(group.stores[0], FIRST).state is SlotState.PARITY
+            assert find(group.stores[0], FIRST).state is State.PARITY
             group.set_limits(QUICK)
             assert verdicts(await group.code_all(FIRST)) == {Verdict.GLOBAL}
             group.check(FIRST)
@@ -256,7 +257,7 @@ def test_a_stale_node_is_refused_by_its_generation():
             outcomes = await group.code_all(FIRST)
             assert {outcome.verdict for outcome in outcomes.values()} == {Verdict.FENCED}
             assert "generation 1, which is stale" in outcomes[2].reason
-            assert all(find(store, FIRST).state is SlotState.LOCAL for store in group.stores)
+            assert all(find(store, FIRST).state is State.LOCAL for store in group.stores)
 
     asyncio.run(body())
 
@@ -281,7 +282,7 @@ def test_a_restart_ends_coding_that_is_under_way_without_another_write():
             outcome = (await group.code_all(FIRST))[0]
             assert outcome.verdict is Verdict.FENCED
             assert bytes(store.parity(0, 8192)) == b"\x77" * 8192
-            assert find(store, FIRST).state is SlotState.LOCAL
+            assert find(store, FIRST).state is State.LOCAL
 
     asyncio.run(body())
 

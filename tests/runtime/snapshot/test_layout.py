@@ -25,7 +25,7 @@ from stowplan.runtime.snapshot.layout import (
 )
 from stowplan.runtime.snapshot.slots import Snapshot, State
 
-GEOMETRY = Geometry(CHUNK_BYTES + 1000, 500)
+GEOMETRY = Geometry(CHUNK_BYTES + 1000, 500, 4)
 DATA_BYTES, SCHEMA_BYTES, PARITY_BYTES = CHUNK_BYTES + 900, 100, 400
 SLOT = 1
 
@@ -103,7 +103,9 @@ def test_a_header_comes_back(region):
 
 
 def test_the_longest_names_come_back(region):
-    header = replace(read_header(region, SLOT), run="r" * 64, coding=Coding("c" * 8, 65535, 2, 65534))
+    geometry = replace(GEOMETRY, num_nodes=65535)
+    coding = Coding("c" * 8, 65535, 2, 65534)
+    header = replace(read_header(region, SLOT), run="r" * 64, geometry=geometry, coding=coding)
     write_header(region, SLOT, header)
     assert replace(read_header(region, SLOT), revision=0) == replace(header, revision=0)
 

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from stowplan.core.errors import SnapshotProcessUnavailable, SnapshotRefused
 from stowplan.runtime.snapshot import messages, protocol, server
 from stowplan.runtime.snapshot.connection import connect
+from stowplan.runtime.snapshot.group_coder import GroupCoder
 from stowplan.runtime.snapshot.layout import Coding
 from stowplan.runtime.snapshot.memory import Region
 from stowplan.runtime.snapshot.messages import Done, Hello, Refused, Reserve, Welcome
@@ -38,6 +39,8 @@ EXAMPLES = [
     Welcome(RUN, "node-0", 3, 123), messages.Attached(0, 100, 30, CODING), messages.Begun(1),
     messages.Skipped(4, State.LOCAL), messages.Waited(State.FREE), messages.Inspected((SLOT, SLOT)),
     messages.Status(RUN, "n", 1, 2, 1, 4, ("a",), (messages.RankStatus(0, 100, 30, None, (SLOT,)),)), Done(),
+    messages.Listen(0), messages.Meet(0, (messages.Peer(1, "::1", 80),)), messages.Recover(0, (0, 2), "step 9", 1),
+    messages.Listening("::1", 80), messages.Recovered(3, 30, (1,), 2), messages.Lost(("node 1",), "stands", "advice"),
     Refused("run", "another"), messages.Unavailable("too much", 9, None),
 ]  # fmt: skip
 
@@ -53,7 +56,8 @@ def pair():
 @pytest.fixture
 def serving(directory):
     """A server in a thread of this process."""
-    made = server.Server(Store(RUN, 0, 2), "local", protocol.files_of(RUN, "local", directory).socket, 60)
+    coder = GroupCoder(RUN, "127.0.0.1")
+    made = server.Server(Store(RUN, 0, 2, coder), "local", protocol.files_of(RUN, "local", directory).socket, 60, coder)
     thread = threading.Thread(target=made.serve)
     thread.start()
     yield made

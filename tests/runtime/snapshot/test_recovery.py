@@ -13,8 +13,9 @@ import pytest
 from stowplan import InvalidArgument, SnapshotPeerUnavailable, UnrecoverableSnapshot
 from stowplan.runtime.snapshot.codes import Area
 from stowplan.runtime.snapshot.exchange import Verdict
-from stowplan.runtime.snapshot.node_store import SlotState, block_crcs, find
+from stowplan.runtime.snapshot.node_store import block_crcs, find
 from stowplan.runtime.snapshot.recovery import Restored, recover
+from stowplan.runtime.snapshot.slots import State
 from tests.runtime.snapshot.nodes import CODES, QUICK, Group, snapshot_id
 
 FIRST, SECOND, THIRD = (snapshot_id(sequence) for sequence in (1, 2, 3))
@@ -273,7 +274,7 @@ def test_who_does_not_answer_is_named_and_nothing_is_given_up():
             found = await asyncio.gather(*(recover_among_three(group, node) for node in (0, 1)), return_exceptions=True)
             assert all(isinstance(each, SnapshotPeerUnavailable) for each in found), found
             assert "node 2" in str(found[0])
-            assert all(find(store, FIRST).state is SlotState.GLOBAL for store in group.stores)
+            assert all(find(store, FIRST).state is State.GLOBAL for store in group.stores)
             with pytest.raises(InvalidArgument, match="without node 0"):
                 await recover_among_three(group, 0, alive=[1, 2])
 
@@ -315,7 +316,7 @@ def test_kills_at_any_time(seed):
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
-                if any(find(store, snapshot, SlotState.GLOBAL) for store in group.stores):
+                if any(find(store, snapshot, State.GLOBAL) for store in group.stores):
                     newest = sequence
                 lost = chosen.sample(range(n), chosen.randint(0, m))
                 generation += 1

@@ -17,7 +17,7 @@ from stowplan.runtime.snapshot.store import Store
 from tests.runtime.snapshot.conftest import eventually
 
 RUN = "job-1"
-GEOMETRY = Geometry(CHUNK_BYTES + 500, 1000)
+GEOMETRY = Geometry(CHUNK_BYTES + 500, 1000, 3)
 CODING = Coding("raim5", 3, 1, 2)
 DATA_BYTES, SCHEMA_BYTES, PARITY_BYTES = CHUNK_BYTES + 100, 20, 700
 FIRST, SECOND, THIRD = (Snapshot(0, sequence, 10 * sequence) for sequence in (1, 2, 3))
@@ -277,20 +277,6 @@ def test_a_damaged_header_is_mended_by_who_knows_it(stores):
 
 
 # ---- what codes need -----------------------------------------------------------------------------------------------
-def test_a_lost_snapshot_is_rebuilt_beside_an_older_one(stores):
-    coder = Recorder()
-    store = stores(coder=coder)
-    written(store, FIRST)
-    coded(store, FIRST)
-    store.commit_global(0, FIRST)
-    store.rebuild(0, THIRD, DATA_BYTES, SCHEMA_BYTES)[:] = content(THIRD)
-    store.written(0, 3)
-    assert store.wait(0, 3, State.LOCAL, 60) is State.LOCAL
-    assert coder.until(2)[1] == (0, THIRD)
-    assert store.data(0, THIRD) == content(THIRD)
-    assert store.holds(0, FIRST, State.GLOBAL)
-
-
 def test_a_coder_that_fails_is_told_until_a_snapshot_is_global(stores):
     class Failing(Recorder):
         def code(self, store, rank, snapshot):
