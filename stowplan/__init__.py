@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from stowplan.core.program import Action
     from stowplan.core.schedule import Schedule
     from stowplan.runtime.pipeline.pipeline import Pipeline
+    from stowplan.runtime.snapshot.snapshotter import Snapshotter
     from stowplan.session import (
         PipelinePlan,
         allocations,
@@ -95,6 +96,7 @@ __all__ = [
     "SnapshotMemoryUnavailable",
     "SnapshotProcessUnavailable",
     "SnapshotRefused",
+    "Snapshotter",
     "SnapshotPeerRefused",
     "SnapshotPeerUnavailable",
     "SolverFailed",
@@ -124,6 +126,7 @@ _HOMES = {
     "stowplan.core.program": ("Action",),
     "stowplan.core.schedule": ("Schedule",),
     "stowplan.runtime.pipeline.pipeline": ("Pipeline",),
+    "stowplan.runtime.snapshot.snapshotter": ("Snapshotter",),
     "stowplan.session": (
         "PipelinePlan",
         "allocations",
