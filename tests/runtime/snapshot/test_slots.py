@@ -90,7 +90,15 @@ def test_giving_up_is_for_what_nobody_counts_on(state):
             slots.abandoned(2)
         return
     assert slots.abandoned(2).free == 1
+    assert slots.abandoned(2) == slots.abandoned(2, by_all=True)
     assert slots.abandoned(2).state(1) is State.GLOBAL
+
+
+def test_parity_is_given_up_where_another_node_did_and_global_never_is():
+    slots = at(at(Slots(), FIRST, State.GLOBAL), SECOND, State.PARITY)
+    assert slots.abandoned(2, by_all=True).slots == (Slot(State.GLOBAL, FIRST), Slot())
+    with pytest.raises(SnapshotRefused, match="others may count on it"):
+        slots.abandoned(1, by_all=True)
 
 
 def test_a_new_generation_ends_what_was_being_written_and_fences_what_is_stale():
@@ -124,6 +132,16 @@ def test_rebuilding_keeps_the_older_snapshot():
     slots, index = at(at(Slots(), FIRST, State.GLOBAL), THIRD, State.LOCAL).rebuilding(SECOND)
     assert (index, slots.slots) == (1, (Slot(State.GLOBAL, FIRST), Slot(State.WRITING, SECOND)))
     assert Slots().rebuilding(SECOND)[1] == 0
+
+
+@pytest.mark.parametrize("state", [State.LOCAL, State.PARITY, State.GLOBAL])
+def test_rebuilding_takes_what_is_unfinished_before_the_oldest(state):
+    rebuilt = Snapshot(0, 9, 90)
+    assert at(at(Slots(), FIRST, State.GLOBAL), SECOND, State.WRITING).rebuilding(rebuilt)[1] == 1
+    assert at(at(Slots(), FIRST, State.GLOBAL), SECOND, state).rebuilding(SECOND)[1] == 1
+    assert at(at(Slots(), FIRST, State.GLOBAL), SECOND, state).rebuilding(rebuilt)[1] == 0
+    kept, _ = at(Slots(), FIRST, state).rebuilding(SECOND)
+    assert kept.state(1) is state
 
 
 # ---- groups --------------------------------------------------------------------------------------------------------
