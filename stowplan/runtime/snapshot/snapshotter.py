@@ -196,7 +196,7 @@ class Snapshotter:
             self._reserve(capacity)
             try:
                 sequence = self._recovered(str(copy or ""))
-                schema, payload = self._client.read(sequence)
+                schema, payload = self._read(sequence)
                 return restore(schema.values, payload, into)
             except UnrecoverableSnapshot as error:
                 lost = error
@@ -278,6 +278,19 @@ class Snapshotter:
         if any(word.disk_step is not None for word in words):
             return "the copy on disk is being written"
         return ""
+
+    def _read(self, sequence: int) -> tuple[Schema, memoryview]:
+        """Schema and bytes of this rank. Raises UnrecoverableSnapshot, on all ranks, where any rank has not its own as they were."""
+        problem: UnrecoverableSnapshot | None = None
+        try:
+            found = self._client.read(sequence)
+        except UnrecoverableSnapshot as error:
+            problem = error
+        bad = [rank for rank, fine in enumerate(self._agreement.gather(problem is None)) if not fine]
+        if bad:
+            names = [f"rank {rank}'s bytes of snapshot {sequence}" for rank in bad]
+            raise problem or UnrecoverableSnapshot(names, "they were damaged since they were recovered")
+        return found
 
     def _recovered(self, newest_on_disk: str) -> int:
         """The snapshot that all ranks have now. Raises UnrecoverableSnapshot, on all."""

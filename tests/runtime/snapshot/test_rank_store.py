@@ -136,6 +136,21 @@ def test_what_is_incomplete_gives_way_to_what_all_can_have(nodes):
     run(nodes, body)
 
 
+def test_an_older_one_can_be_recovered_after_a_newer_one_was_discarded(nodes):
+    async def body():
+        for snapshot in (FIRST, SECOND):
+            nodes.write(snapshot)
+            assert await nodes.code(snapshot) == {Verdict.GLOBAL}
+        assert (await nodes.recover(1, lost=[1])).snapshot == SECOND  # node 1 has this one only
+        for store in nodes.stores:
+            store.roll_back(1)
+        again = (recover(each, range(NUM_NODES), attempt=1) for each in nodes.exchanges)
+        assert {found.snapshot for found in await asyncio.gather(*again)} == {FIRST}
+        nodes.check(FIRST)
+
+    run(nodes, body)
+
+
 def test_damage_is_computed_again(nodes):
     async def body():
         nodes.write(FIRST)
