@@ -280,7 +280,7 @@ class Snapshotter:
         return ""
 
     def _read(self, sequence: int) -> tuple[Schema, memoryview]:
-        """Schema and bytes of this rank. Raises UnrecoverableSnapshot, on all ranks, where any rank has not its own as they were."""
+        """Schema and bytes of this rank. Raises UnrecoverableSnapshot, on all ranks, where any has damaged ones."""
         problem: UnrecoverableSnapshot | None = None
         try:
             found = self._client.read(sequence)
