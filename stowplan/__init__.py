@@ -26,12 +26,19 @@ if TYPE_CHECKING:
         InvalidProblemFile,
         InvalidSchedule,
         InvalidSize,
+        InvalidSnapshot,
         MissingDependency,
         NoGradients,
         NoLogits,
         PlanMismatch,
         PlanRejected,
         ReplayMismatch,
+        SnapshotMemoryUnavailable,
+        SnapshotMismatch,
+        SnapshotPeerRefused,
+        SnapshotPeerUnavailable,
+        SnapshotProcessUnavailable,
+        SnapshotRefused,
         SolverFailed,
         StowplanError,
         UnrecoverableSnapshot,
@@ -42,6 +49,7 @@ if TYPE_CHECKING:
     from stowplan.core.program import Action
     from stowplan.core.schedule import Schedule
     from stowplan.runtime.pipeline.pipeline import Pipeline
+    from stowplan.runtime.snapshot.snapshotter import Snapshotter
     from stowplan.session import (
         PipelinePlan,
         allocations,
@@ -85,8 +93,16 @@ __all__ = [
     "Prediction",
     "ReplayMismatch",
     "Schedule",
+    "SnapshotMemoryUnavailable",
+    "SnapshotProcessUnavailable",
+    "SnapshotRefused",
+    "Snapshotter",
+    "SnapshotPeerRefused",
+    "SnapshotPeerUnavailable",
     "SolverFailed",
     "StowplanError",
+    "InvalidSnapshot",
+    "SnapshotMismatch",
     "UnrecoverableSnapshot",
     "UnsupportedModel",
     "__version__",
@@ -110,6 +126,7 @@ _HOMES = {
     "stowplan.core.program": ("Action",),
     "stowplan.core.schedule": ("Schedule",),
     "stowplan.runtime.pipeline.pipeline": ("Pipeline",),
+    "stowplan.runtime.snapshot.snapshotter": ("Snapshotter",),
     "stowplan.session": (
         "PipelinePlan",
         "allocations",

@@ -68,6 +68,7 @@ class Ranks:
                 try:
                     answers[rank] = self._ends[rank].recv()
                 except EOFError:
+                    self._processes[rank].join(_GRACE.total_seconds())  # its pipe ends before it has an exit code
                     answers[rank] = False, f"the process ended with exit code {self._processes[rank].exitcode}"
                 if not answers[rank][0]:  # the others may wait for it in a collective
                     deadline = min(deadline, time.monotonic() + _GRACE.total_seconds())

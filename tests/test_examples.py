@@ -45,3 +45,12 @@ def test_pipeline_llama_gives_the_same_losses_by_every_schedule(tmp_path: Path) 
     assert len(differences) == 2
     assert max(abs(float(difference)) for difference in differences) <= 2
     assert "<svg" in picture.read_text(encoding="utf-8")
+
+
+@pytest.mark.timeout(600)
+def test_kill_a_rank_ends_with_the_same_parameters() -> None:
+    said = run("kill_a_rank.py", "--steps", "3", "--kill-in", "2", "--lose-node")
+    assert "restored step 1 from memory" in said
+    same = re.search(r"(\d+) of (\d+) parameters are equal to the last bit", said)
+    assert same is not None
+    assert same[1] == same[2] == "39"

@@ -44,8 +44,16 @@ NAMES = [
     "Prediction",
     "ReplayMismatch",
     "Schedule",
+    "SnapshotMemoryUnavailable",
+    "SnapshotProcessUnavailable",
+    "SnapshotRefused",
+    "Snapshotter",
+    "SnapshotPeerRefused",
+    "SnapshotPeerUnavailable",
     "SolverFailed",
     "StowplanError",
+    "InvalidSnapshot",
+    "SnapshotMismatch",
     "UnrecoverableSnapshot",
     "UnsupportedModel",
     "__version__",
@@ -116,6 +124,8 @@ FLAGS = {
         "--json",
     ],
     "doctor": ["--json"],
+    "snapshots": [],
+    "snapshots status": ["--run", "--directory", "--json"],
 }
 
 HEAVY = {"torch", "transformers", "pulp", "highspy", "numpy", "ray", "deepspeed"}
@@ -150,7 +160,9 @@ def test_the_installed_version_is_that_of_the_package() -> None:
 
 def _commands() -> dict[str, click.Command]:
     root = typer.main.get_command(app)
-    return {"": root, **getattr(root, "commands", {})}
+    commands = {"": root, **getattr(root, "commands", {})}
+    groups = {name: command.commands for name, command in commands.items() if name and hasattr(command, "commands")}
+    return commands | {f"{group} {name}": command for group, inner in groups.items() for name, command in inner.items()}
 
 
 def test_the_flags_of_every_command_are_frozen() -> None:

@@ -1,4 +1,5 @@
-"""The command line: ``stowplan plan``, ``report``, ``pack``, ``schedule``, ``demo``, ``doctor``; a module for each.
+"""The command line: a module for each of ``stowplan plan``, ``report``, ``pack``, ``schedule``, ``snapshots``, ``demo``
+and ``doctor``.
 
 Exit codes: 0 done, 2 what was given cannot be used, 3 no plan fits the budget (the message names the least one that
 has a plan), or no addresses within the capacity, or no schedule within the limit, were found, 1 a bug of ours, or
@@ -13,7 +14,7 @@ from typing import Annotated
 import typer
 
 import stowplan
-from stowplan.cli import demo, doctor, pack, plan, report, schedule
+from stowplan.cli import demo, doctor, pack, plan, report, schedule, snapshots
 
 __all__ = ["app", "main"]
 
@@ -52,5 +53,6 @@ app.command("plan", epilog=plan.EXAMPLES)(plan.plan_command)
 app.command("report", epilog=report.EXAMPLES)(report.report_command)
 app.command("pack", epilog=pack.EXAMPLES)(pack.pack_command)
 app.command("schedule", epilog=schedule.EXAMPLES)(schedule.schedule_command)
+app.add_typer(snapshots.app, name="snapshots")
 app.command("demo", epilog=demo.EXAMPLES)(demo.demo_command)
 app.command("doctor", epilog=doctor.EXAMPLES)(doctor.doctor_command)

@@ -20,6 +20,14 @@ StowplanError
 ├── NoGradients (also a RuntimeError)       a cross entropy in chunks goes backward once, without second derivatives
 ├── PlanRejected                            our own simulator contradicts the plan: a bug of ours
 ├── ReplayMismatch (also a RuntimeError)    a recomputed value cannot be what the forward pass had
+├── UnrecoverableSnapshot                   more of a snapshot is lost than its code stands; names what
+├── SnapshotMemoryUnavailable (also a MemoryError) the host has not the memory that snapshots take, or not the kind
+├── SnapshotProcessUnavailable (also a ConnectionError) the memory process cannot be started or reached, or is gone
+└── SnapshotRefused                         the memory process does not do what was asked; ``reason`` is a word for why
+├── InvalidSnapshot                         a snapshot's schema or copy on disk that cannot be read
+└── SnapshotMismatch                        a snapshot is of another training; names every difference
+├── SnapshotPeerRefused                     a node of the exchange of snapshots refuses another, or a request
+├── SnapshotPeerUnavailable (also a ConnectionError)  a node of the exchange cannot be reached, or was cut off
 └── UnrecoverableSnapshot                   more of a snapshot is lost than its code stands; names what
 """
 
@@ -39,12 +47,19 @@ __all__ = [
     "InvalidProblemFile",
     "InvalidSchedule",
     "InvalidSize",
+    "InvalidSnapshot",
     "MissingDependency",
     "NoGradients",
     "NoLogits",
     "PlanMismatch",
     "PlanRejected",
     "ReplayMismatch",
+    "SnapshotMemoryUnavailable",
+    "SnapshotProcessUnavailable",
+    "SnapshotRefused",
+    "SnapshotMismatch",
+    "SnapshotPeerRefused",
+    "SnapshotPeerUnavailable",
     "SolverFailed",
     "StowplanError",
     "UnrecoverableSnapshot",
@@ -246,6 +261,27 @@ class ReplayMismatch(StowplanError, RuntimeError):
     """A value cannot be recomputed as it was: something it depends on has changed since the forward pass."""
 
 
+class SnapshotPeerRefused(StowplanError):
+    """A node that exchanges snapshots refuses another, or what it asks for.
+
+    Attributes:
+        reason: one word for programs: "token", "server", "version", "run", "group", "code", "node", "generation",
+            "behind", "absent", "bad" or "malformed".
+        problem: what was given, what is allowed, what to do.
+    """
+
+    def __init__(self, reason: str, problem: str) -> None:
+        self.reason, self.problem = reason, problem
+        super().__init__(problem)
+
+    def __reduce__(self) -> tuple[type[SnapshotPeerRefused], tuple[str, str]]:
+        return type(self), (self.reason, self.problem)
+
+
+class SnapshotPeerUnavailable(StowplanError, ConnectionError):
+    """A node that exchanges snapshots cannot be reached, does not answer in time, or its connection broke."""
+
+
 class UnrecoverableSnapshot(StowplanError):
     """More of a snapshot is lost than can be computed from what is left; wrong bytes are never given instead.
 
@@ -268,3 +304,68 @@ class UnrecoverableSnapshot(StowplanError):
 
     def __reduce__(self) -> tuple[type[UnrecoverableSnapshot], tuple[tuple[str, ...], str, str]]:
         return type(self), (self.lost, self.stands, self.advice)
+
+
+class SnapshotMemoryUnavailable(StowplanError, MemoryError):
+    """The host cannot give snapshots their memory; known before training starts.
+
+    Attributes:
+        problem: what is the matter, and what to do.
+        needed_bytes: what snapshots take on this host.
+        available_bytes: what there is; None where the amount is not what is wrong.
+    """
+
+    def __init__(self, problem: str, needed_bytes: int, available_bytes: int | None = None) -> None:
+        self.problem, self.needed_bytes, self.available_bytes = problem, needed_bytes, available_bytes
+        super().__init__(problem)
+
+    def __reduce__(self) -> tuple[type[SnapshotMemoryUnavailable], tuple[str, int, int | None]]:
+        return type(self), (self.problem, self.needed_bytes, self.available_bytes)
+
+
+class SnapshotProcessUnavailable(StowplanError, ConnectionError):
+    """The memory process of snapshots cannot be started or reached, or has gone; training can go on without it."""
+
+
+class SnapshotRefused(StowplanError):
+    """The memory process of snapshots, or its client, refuses; nothing has changed.
+
+    Attributes:
+        reason: one word for programs: "user", "version", "run", "generation", "busy", "malformed", "order", "size",
+            "unknown" or "unsafe".
+        problem: what was given, what is allowed, what to do.
+    """
+
+    def __init__(self, reason: str, problem: str) -> None:
+        self.reason, self.problem = reason, problem
+        super().__init__(problem)
+
+    def __reduce__(self) -> tuple[type[SnapshotRefused], tuple[str, str]]:
+        return type(self), (self.reason, self.problem)
+
+
+class InvalidSnapshot(StowplanError):
+    """A snapshot's schema, or a copy of it on disk, is damaged, incomplete or of another version."""
+
+
+class SnapshotMismatch(StowplanError):
+    """A snapshot does not fit the training that it is to be restored into; nothing has been changed.
+
+    Attributes:
+        problems: every difference, each by name.
+    """
+
+    _SHOWN = 12
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        shown = [f"\n  {problem}" for problem in self.problems[: self._SHOWN]]
+        if len(self.problems) > self._SHOWN:
+            shown.append(f"\n  and {len(self.problems) - self._SHOWN} more")
+        super().__init__(
+            "the snapshot is of another training than the one that it is to be restored into (nothing has been "
+            "changed); build model, optimizer and the rest as they were when it was taken:" + "".join(shown)
+        )
+
+    def __reduce__(self) -> tuple[type[SnapshotMismatch], tuple[tuple[str, ...]]]:
+        return type(self), (self.problems,)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import psutil
 import torch
 
 from stowplan.core.errors import InvalidArgument, MissingDependency
 from stowplan.core.hardware import Hardware
+from stowplan.core.host_memory import available_bytes, memory_limit_bytes
 from stowplan.core.units import GIB, MIB
 from stowplan.offload import cuda_memory
 from stowplan.offload.host_slab import HostSlab
@@ -61,7 +61,7 @@ def _median_seconds(action: Callable[[], object], device: torch.device) -> float
 def _device_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    return _memory_limit_bytes()
+    return memory_limit_bytes()
 
 
 def device_budget_bytes(device: torch.device) -> int:
@@ -75,7 +75,7 @@ def device_budget_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         usable = _nvml_free_bytes(device) + cuda_memory.reserved_bytes(device)
     else:
-        usable = _available_host_bytes() + psutil.Process().memory_info().rss
+        usable = available_bytes() + psutil.Process().memory_info().rss
     budget = usable - RESERVE_BYTES
     if budget <= 0:
         raise InvalidArgument(
@@ -107,48 +107,4 @@ def _nvml_free_bytes(device: torch.device) -> int:
 
 def host_budget_bytes() -> int:
     """``host_budget="auto"``: available host memory within the cgroup's limit, less a fifth for everything else."""
-    return int(_available_host_bytes() * (1 - _HOST_RESERVE))
-
-
-def _memory_limit_bytes() -> int:
-    return min(int(psutil.virtual_memory().total), *(limit for limit, _ in _cgroups()), 2**63)
-
-
-def _available_host_bytes() -> int:
-    available = int(psutil.virtual_memory().available)
-    return max(0, min(available, *(limit - used for limit, used in _cgroups()), 2**63))
-
-
-def _cgroups(root: Path = Path("/sys/fs/cgroup")) -> list[tuple[int, int]]:
-    """(limit, use) in bytes of this process's memory cgroups, from its own up; empty where there are no limits."""
-    found = []
-    for line in _read(Path("/proc/self/cgroup")).splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            base, limit_name, use_name = root, "memory.max", "memory.current"
-        elif "memory" in controllers.split(","):
-            base, limit_name, use_name = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
-        else:
-            continue
-        group = base / path.lstrip("/")
-        for folder in (group, *group.parents):
-            limit, used = _read(folder / limit_name).strip(), _read(folder / use_name).strip()
-            if limit.isdigit() and used.isdigit():
-                found.append((int(limit), int(used) - _page_cache_bytes(folder / "memory.stat")))
-            if folder == base:
-                break
-    return found
-
-
-def _page_cache_bytes(stat: Path) -> int:
-    """File pages that the kernel gives up when memory is asked for."""
-    entries = dict(line.split(maxsplit=1) for line in _read(stat).splitlines() if " " in line)
-    inactive = entries.get("inactive_file", "0").strip()
-    return int(inactive) if inactive.isdigit() else 0
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError:
-        return ""
+    return int(available_bytes() * (1 - _HOST_RESERVE))

@@ -59,6 +59,20 @@ def test_what_a_snapshot_has_lost_travels_between_processes(remake) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        errors.SnapshotMemoryUnavailable("two slots take too much", 2 * GIB, GIB),
+        errors.SnapshotProcessUnavailable("it is gone"),
+        errors.SnapshotRefused("run", "another run"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_snapshots_raise_travels_between_processes(error) -> None:
+    again = pickle.loads(pickle.dumps(error))
+    assert (type(again), str(again), vars(again)) == (type(error), str(error), vars(error))
+
+
 def test_an_unknown_preset_is_refused_with_those_there_are() -> None:
     assert preset("H100-SXM") is PRESETS["h100-sxm"]
     with pytest.raises(errors.InvalidArgument, match="'tpu' is not known; allowed: a100-sxm, h100-sxm"):

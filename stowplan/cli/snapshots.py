@@ -1,0 +1,89 @@
+"""``stowplan snapshots status``: what this host's memory processes hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from stowplan.cli.terminal import told_errors
+
+if TYPE_CHECKING:
+    from stowplan.runtime.snapshot.messages import Status
+
+__all__ = ["EXAMPLES", "app", "status_command"]
+
+EXAMPLES = """Examples:
+
+\b
+  stowplan snapshots status
+  stowplan snapshots status --run llama-7
+  stowplan snapshots status --json | python -m json.tool
+"""
+
+app = typer.Typer(help="Look at snapshots in this host's memory.", no_args_is_help=True)
+
+
+@app.callback()
+def _group() -> None:
+    """Look at snapshots in this host's memory."""
+
+
+@app.command("status", epilog=EXAMPLES)
+def status_command(
+    run: Annotated[str | None, typer.Option("--run", metavar="NAME", help="Of this run only.")] = None,
+    directory: Annotated[
+        Path | None, typer.Option("--directory", help="Where sockets are. Default: where stowplan puts them.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")] = False,
+) -> None:
+    """Tell of each memory process of this user on this host what it holds, and what redundancy lacks."""
+    import json
+
+    from stowplan.core.records import to_plain
+
+    with told_errors():
+        found = _found(run, directory)
+    if as_json:
+        typer.echo(json.dumps([to_plain(status) for status in found], indent=2))
+    elif found:
+        typer.echo("\n".join(line for status in found for line in _lines(status)))
+    else:
+        typer.echo("No memory process of snapshots runs here.")
+
+
+def _found(run: str | None, directory: Path | None) -> list[Status]:
+    from stowplan.core.errors import SnapshotProcessUnavailable
+    from stowplan.runtime.snapshot import protocol
+    from stowplan.runtime.snapshot.connection import connect
+    from stowplan.runtime.snapshot.messages import GetStatus, Status
+
+    directory = directory or protocol.socket_directory()
+    found = []
+    for path in sorted(directory.glob("*.sock")):
+        name, _, node = path.stem.rpartition("@")
+        if not name or (run is not None and name != run):
+            continue
+        try:
+            connection = connect(name, node, directory=directory)
+        except SnapshotProcessUnavailable:  # it was killed, and its socket is left
+            continue
+        found.append(connection.ask(GetStatus(), Status)[0])
+        connection.close()
+    return found
+
+
+def _lines(status: Status) -> list[str]:
+    from stowplan.core.units import format_bytes
+
+    lines = [f"run {status.run}, node {status.node}: process {status.pid}, generation {status.generation}"]
+    for rank in status.ranks:
+        writer = f"written by process {rank.writer_pid}" if rank.writer_pid else "no writer"
+        lines.append(f"  rank {rank.rank}: 2 slots of {format_bytes(rank.data_bytes)}, {writer}")
+        lines += [
+            f"    snapshot {slot.sequence}, step {slot.step}: {slot.state.name}, {format_bytes(slot.data_bytes)}"
+            for slot in sorted(rank.slots, key=lambda slot: -slot.sequence)
+            if slot.state
+        ]
+    return [*lines, *(f"  reduced: {problem}" for problem in status.reduced)]

@@ -1,0 +1,177 @@
+"""Writing copies to disk beside training: one at a time, in a thread, and no fault of the disk stops anybody."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from stowplan.core.errors import InvalidArgument, StowplanError
+from stowplan.runtime.snapshot.contents import Piece
+from stowplan.runtime.snapshot.disk import copy_path, finish, newest_complete, prune, write_part
+from stowplan.runtime.snapshot.state_schema import load_schema
+
+__all__ = ["DiskStatus", "DiskTier"]
+
+_POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class DiskStatus:
+    """How the disk does, as seen by one node.
+
+    Attributes:
+        writing: the step that is being written, or waits for other nodes' parts.
+        last_step: the newest step that this tier saw complete.
+        last_bytes, last_seconds: of this node's parts of it, written and synced.
+        num_written: copies that became complete.
+        num_skipped: copies that were not begun because the one before was not done: the disk is too slow for so many.
+        num_failed: copies that came to nothing.
+        error: what the last failure was; empty after a success.
+    """
+
+    writing: int | None = None
+    last_step: int | None = None
+    last_bytes: int = 0
+    last_seconds: float = 0.0
+    num_written: int = 0
+    num_skipped: int = 0
+    num_failed: int = 0
+    error: str = ""
+
+
+class DiskTier:
+    """Writes one node's snapshots to disk, each when it is offered and the one before is done.
+
+    Args:
+        directory: on a file system that all nodes share.
+        world_size: how many ranks' parts make a copy.
+        keep: how many complete copies stay; the newest good one always does.
+        attempt: of the job, raised at each restart.
+        patience_seconds: how long to wait for the other nodes' parts before giving a copy up.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        world_size: int,
+        keep: int = 2,
+        attempt: int = 0,
+        patience_seconds: float = 600.0,
+    ) -> None:
+        if type(keep) is not int or keep < 1:
+            raise InvalidArgument(f"keep={keep!r}: keep at least 1 copy.")
+        self.directory = Path(directory)
+        self._world_size, self._keep, self._attempt = world_size, keep, attempt
+        self._patience_seconds = patience_seconds
+        self._status = DiskStatus()
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def status(self) -> DiskStatus:
+        """How it stands now."""
+        with self._lock:
+            return self._status
+
+    def offer(self, pieces: Sequence[Piece], release: Callable[[], object] | None = None) -> bool:
+        """Begin to write this node's pieces, all of one step; False: the copy before is not done, skipped.
+
+        Args:
+            pieces: their buffers must stay as they are until ``release`` is called.
+            release: called from the writing thread as soon as the buffers are no longer needed, however it went. Not
+                called if the offer is not taken.
+
+        Raises:
+            InvalidSnapshot: a schema is none; InvalidArgument: no pieces, or of several steps. Nothing else: faults of
+                the disk go to ``status``.
+        """
+        schemas = [load_schema(piece.schema) for piece in pieces]
+        steps = {schema["step"] for schema in schemas}
+        if len(steps) != 1:
+            raise InvalidArgument(f"pieces of steps {sorted(steps)} were offered: give a node's pieces of one step.")
+        (step,) = steps
+        with self._lock:
+            if self._status.writing is not None or self._closing.is_set():
+                self._status = replace(self._status, num_skipped=self._status.num_skipped + 1)
+                return False
+            self._status = replace(self._status, writing=step)
+            self._thread = threading.Thread(
+                target=self._write,
+                args=(step, list(pieces), any(schema["rank"] == 0 for schema in schemas), release),
+                name="stowplan-disk",
+                daemon=True,
+            )
+            self._thread.start()
+        return True
+
+    def wait(self, timeout_seconds: float | None = None) -> bool:
+        """Wait until nothing is being written; False if that takes longer."""
+        thread = self._thread
+        if thread is not None:
+            thread.join(timeout_seconds)
+        return thread is None or not thread.is_alive()
+
+    def close(self) -> None:
+        """Take no more offers, stop waiting for other nodes, and end when this node's parts are written."""
+        self._closing.set()
+        self.wait()
+
+    def _write(self, step: int, pieces: list[Piece], first: bool, release: Callable[[], object] | None) -> None:
+        begin = time.monotonic()
+        try:
+            try:
+                num_bytes = sum(write_part(self.directory, piece, attempt=self._attempt) for piece in pieces)
+            finally:
+                pieces.clear()
+                if release is not None:
+                    release()
+            seconds = time.monotonic() - begin
+            if self._complete(step, first):
+                if first:
+                    prune(self.directory, self._keep, attempt=self._attempt)
+                self._note(num_written=1, last_step=step, last_bytes=num_bytes, last_seconds=seconds)
+            else:
+                self._note(num_failed=1, error=f"step {step}: parts of other nodes did not come")
+        except Exception as error:  # noqa: BLE001 - training goes on whatever happens here; it is told in the status
+            kind = "" if isinstance(error, StowplanError) else f"{type(error).__name__}: "
+            self._note(num_failed=1, error=f"step {step}: {kind}{error}")
+
+    def _complete(self, step: int, first: bool) -> bool:
+        """Whether the copy becomes complete while there is patience; the process with rank 0's part makes it so."""
+        deadline = time.monotonic() + self._patience_seconds
+        final = copy_path(self.directory, step)
+        while True:
+            if first:
+                finish(self.directory, step, self._world_size, attempt=self._attempt)
+            newest = newest_complete(self.directory)
+            if newest is not None and newest >= final:
+                return True
+            if time.monotonic() > deadline or self._closing.wait(_POLL_SECONDS):
+                return False
+
+    def _note(
+        self,
+        *,
+        num_written: int = 0,
+        num_failed: int = 0,
+        error: str = "",
+        last_step: int | None = None,
+        last_bytes: int | None = None,
+        last_seconds: float | None = None,
+    ) -> None:
+        with self._lock:
+            old = self._status
+            self._status = DiskStatus(
+                last_step=old.last_step if last_step is None else last_step,
+                last_bytes=old.last_bytes if last_bytes is None else last_bytes,
+                last_seconds=old.last_seconds if last_seconds is None else last_seconds,
+                num_written=old.num_written + num_written,
+                num_skipped=old.num_skipped,
+                num_failed=old.num_failed + num_failed,
+                error=error,
+            )

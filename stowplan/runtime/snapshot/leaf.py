@@ -1,0 +1,119 @@
+"""A tensor of a snapshot: what its bytes mean, where they are, and which part of a distributed tensor they are."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+__all__ = ["ALIGNMENT", "DTYPES", "Leaf", "Shard"]
+
+ALIGNMENT = 64  # bytes; a cache line, and a multiple of every element's size
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Which part of a distributed tensor a rank has.
+
+    Attributes:
+        shape: of the whole tensor.
+        offsets: where this rank's part begins, in each dimension.
+        placements: as torch writes them, one for each dimension of the mesh: S(0), R.
+        mesh: the mesh's shape.
+        coordinate: this rank's place in the mesh.
+    """
+
+    shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+    placements: tuple[str, ...]
+    mesh: tuple[int, ...]
+    coordinate: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: DTensor) -> Shard:
+        """That of a live tensor, whose placements must be no sums to come (Partial)."""
+        (chunk,) = tensor.__create_chunk_list__()
+        return cls(
+            tuple(tensor.shape),
+            tuple(chunk.offsets),
+            tuple(str(placement) for placement in tensor.placements),
+            tuple(tensor.device_mesh.shape),
+            tuple(tensor.device_mesh.get_coordinate() or ()),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """A tensor of a snapshot: where its bytes are, and what they mean.
+
+    Attributes:
+        dtype, shape: of what this rank has; bytes lie in row-major order.
+        offset: in the buffer, a multiple of 64.
+        device: the kind of device that it was on.
+        owned: whether this rank, of all that have the same bytes, is the one to write them to disk.
+        shard: for a distributed tensor.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    device: str
+    owned: bool
+    shard: Shard | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def global_shape(self) -> tuple[int, ...]:
+        return self.shape if self.shard is None else self.shard.shape
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """Where this part begins in the whole tensor."""
+        return (0,) * len(self.shape) if self.shard is None else self.shard.offsets
+
+    def to_json(self) -> dict[str, Any]:
+        plain = {
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "shape": list(self.shape),
+            "offset": self.offset,
+            "bytes": self.num_bytes,
+            "device": self.device,
+            "owned": self.owned,
+        }
+        if self.shard is not None:
+            plain["shard"] = {name: list(getattr(self.shard, name)) for name in Shard.__slots__}
+        return plain
+
+    @classmethod
+    def from_json(cls, plain: dict[str, Any]) -> Leaf:
+        shard = None
+        if "shard" in plain:
+            given = plain["shard"]
+            numbers = {name: _counts(given[name]) for name in ("shape", "offsets", "mesh", "coordinate")}
+            shard = Shard(placements=tuple(map(str, given["placements"])), **numbers)
+        (offset,) = _counts([plain["offset"]])
+        leaf = cls(
+            DTYPES[plain["dtype"]], _counts(plain["shape"]), offset, str(plain["device"]), bool(plain["owned"]), shard
+        )
+        if leaf.num_bytes != plain["bytes"] or offset % ALIGNMENT:
+            raise ValueError(f"{plain['bytes']} bytes at {offset} for {leaf.dtype} of shape {leaf.shape}")
+        if shard and any(
+            not 0 <= begin <= begin + length <= whole
+            for begin, length, whole in zip(shard.offsets, leaf.shape, shard.shape, strict=True)
+            if length
+        ):
+            raise ValueError(f"a part of shape {leaf.shape} at {shard.offsets} of a tensor of shape {shard.shape}")
+        return leaf
+
+
+def _counts(numbers: list[Any]) -> tuple[int, ...]:
+    if any(type(number) is not int or number < 0 for number in numbers):
+        raise ValueError(f"{numbers} are no counts")
+    return tuple(numbers)

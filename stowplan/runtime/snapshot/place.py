@@ -1,0 +1,88 @@
+"""Where a rank is: on which node, beside whom; and how all ranks of a job agree, beside training's own collectives."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import torch.distributed as dist
+
+from stowplan.core.errors import InvalidArgument
+
+__all__ = ["NODE_VARIABLE", "RUN_VARIABLE", "Agreement", "Place", "node_name", "run_name"]
+
+T = TypeVar("T")
+NODE_VARIABLE = "STOWPLAN_NODE"
+RUN_VARIABLE = "STOWPLAN_RUN"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A rank's. Nodes are numbered by their first ranks, so ranks have to be given to nodes in the same way again."""
+
+    rank: int
+    world_size: int
+    node: str
+    node_index: int
+    num_nodes: int
+    local_rank: int
+    local_size: int
+    one_host: bool  # all nodes are
+
+
+class Agreement:
+    """All ranks' words, by a group of gloo of its own; in a process without torch.distributed its own word only."""
+
+    def __init__(self) -> None:
+        ready = dist.is_available() and dist.is_initialized()
+        self._group = dist.new_group(backend="gloo") if ready else None
+        self.rank = dist.get_rank() if ready else 0
+        self.world_size = dist.get_world_size() if ready else 1
+
+    def gather(self, word: T) -> list[T]:
+        """That of each rank; all call it."""
+        if self._group is None:
+            return [word]
+        words: list[Any] = [None] * self.world_size
+        dist.all_gather_object(words, word, group=self._group)
+        return cast(list[T], words)
+
+    def place(self, node: str) -> Place:
+        """Where this rank is among all. Raises InvalidArgument: nodes with different numbers of ranks."""
+        names = self.gather((node, socket.gethostname()))
+        ranks: dict[str, list[int]] = {}
+        for rank, (name, _) in enumerate(names):
+            ranks.setdefault(name, []).append(rank)
+        if len({len(each) for each in ranks.values()}) > 1:
+            counts = ", ".join(f"{name} {len(each)}" for name, each in ranks.items())
+            raise InvalidArgument(f"nodes have different numbers of ranks ({counts}): start the same number on each.")
+        return Place(
+            rank=self.rank,
+            world_size=self.world_size,
+            node=node,
+            node_index=list(ranks).index(node),
+            num_nodes=len(ranks),
+            local_rank=ranks[node].index(self.rank),
+            local_size=len(ranks[node]),
+            one_host=len({host for _, host in names}) == 1,
+        )
+
+
+def node_name(given: str | None) -> str:
+    """``given``, or STOWPLAN_NODE, or the host's name."""
+    return given or os.environ.get(NODE_VARIABLE) or re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname())[:64]
+
+
+def run_name(given: str | None) -> str:
+    """``given``, or STOWPLAN_RUN, or torchrun's ``--rdzv-id``. Raises InvalidArgument: none of them."""
+    elastic = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    found = given or os.environ.get(RUN_VARIABLE) or (elastic if elastic != "none" else "")
+    if not found:
+        raise InvalidArgument(
+            f"this run has no name, by which a restart finds its snapshots: give run=…, or set {RUN_VARIABLE}, to the "
+            f"same on all ranks and in all restarts, and to another one for each job."
+        )
+    return found

@@ -1,0 +1,49 @@
+"""``stowplan snapshots status``: real memory processes, and none."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from stowplan.runtime.snapshot.client import SnapshotClient
+from stowplan.runtime.snapshot.schema import Schema, Tensor
+from stowplan.runtime.snapshot.slots import State
+from tests.cli.commands import run
+
+
+@pytest.fixture
+def directory():
+    with tempfile.TemporaryDirectory(prefix="stow") as path:
+        yield Path(path)
+
+
+@pytest.fixture
+def client(directory):
+    made = SnapshotClient("llama-7", 0, node="a", directory=directory, idle_seconds=30)
+    yield made
+    made.end()
+
+
+def test_none_is_no_error(directory):
+    assert run("snapshots", "status", "--directory", directory).stdout == "No memory process of snapshots runs here.\n"
+
+
+def test_what_is_held_is_told(client, directory):
+    client.reserve(4096)
+    schema = Schema((Tensor("weights", "uint8", (3,), 0, 3),))
+    client.write(1, 10, schema, [b"abc"])
+    assert client.wait(1, State.GLOBAL) is State.GLOBAL
+    said = run("snapshots", "status", "--directory", directory)
+    assert said.exit_code == 0
+    assert said.stdout.startswith("run llama-7, node a: process ")
+    assert f"written by process {os.getpid()}" in said.stdout
+    assert "snapshot 1, step 10: GLOBAL" in said.stdout
+    assert "reduced" not in said.stdout
+    (status,) = json.loads(run("snapshots", "status", "--directory", directory, "--json").stdout)
+    assert (status["run"], status["global_sequence"]) == ("llama-7", 1)
+    other = run("snapshots", "status", "--directory", directory, "--run", "another", "--json")
+    assert json.loads(other.stdout) == []
