@@ -33,7 +33,7 @@ StowplanError
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 __all__ = [
     "ArenaUnavailable",
@@ -53,6 +53,7 @@ __all__ = [
     "NoLogits",
     "PlanMismatch",
     "PlanRejected",
+    "RankFailed",
     "ReplayMismatch",
     "SnapshotMemoryUnavailable",
     "SnapshotProcessUnavailable",
@@ -259,6 +260,22 @@ class PlanRejected(StowplanError):
 
 class ReplayMismatch(StowplanError, RuntimeError):
     """A value cannot be recomputed as it was: something it depends on has changed since the forward pass."""
+
+
+class RankFailed(StowplanError):
+    """Something failed on other ranks, so this one does not go on either; they raise what it was.
+
+    Attributes:
+        failures: what each rank said that failed, by rank.
+    """
+
+    def __init__(self, doing: str, failures: Mapping[int, str]) -> None:
+        self.doing, self.failures = doing, dict(failures)
+        told = "; ".join(f"rank {rank}: {failure}" for rank, failure in sorted(self.failures.items()))
+        super().__init__(f"{doing} failed on {len(self.failures)} other rank(s), so it is ended here, too. {told}")
+
+    def __reduce__(self) -> tuple[type[RankFailed], tuple[str, dict[int, str]]]:
+        return type(self), (self.doing, self.failures)
 
 
 class SnapshotPeerRefused(StowplanError):

@@ -110,8 +110,10 @@ class SnapshotClient:
             self._attach()  # an agent, or an earlier call, has given it back already
 
     # ---- writing ----
-    def begin(self, sequence: int, step: int, schema: Schema) -> Writing | Skipped:
+    def begin(self, sequence: int, step: int, schema: Schema, *, kept: int = 0) -> Writing | Skipped:
         """A slot for snapshot ``sequence``, with the schema in it, or what it would have to wait for.
+
+        The snapshot whose number is ``kept``, which has to be GLOBAL, is not overwritten.
 
         Sequence numbers are the same on all ranks, and higher than all before. All ranks skip together: agree on it
         (``Status``) before, or ``abandon`` what others skip.
@@ -120,7 +122,7 @@ class SnapshotClient:
         content = schema_to_bytes(schema)
         start = payload_offset(len(content))
         data_bytes = start + schema.payload_bytes
-        request = messages.Begin(self.rank, sequence, step, data_bytes, len(content))
+        request = messages.Begin(self.rank, sequence, step, data_bytes, len(content), kept)
         answer: object = self._connection.ask(request, (Begun, Skipped))[0]
         if isinstance(answer, Skipped):
             return answer

@@ -110,13 +110,17 @@ class Detach:
 
 @dataclass(frozen=True, slots=True)
 class Begin:
-    """A slot for a snapshot; ``data_bytes`` has schema and payload. Answered by Begun, or Skipped if coding is late."""
+    """A slot for a snapshot; ``data_bytes`` has schema and payload. Answered by Begun, or Skipped if coding is late.
+
+    Snapshot ``kept``, if any, is not overwritten.
+    """
 
     rank: int
     sequence: int
     step: int
     data_bytes: int
     schema_bytes: int
+    kept: int = 0
 
 
 @dataclass(frozen=True, slots=True)

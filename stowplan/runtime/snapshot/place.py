@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import re
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
-from stowplan.core.errors import InvalidArgument
+from stowplan.core.errors import InvalidArgument, RankFailed
 
 __all__ = ["NODE_VARIABLE", "RUN_VARIABLE", "Agreement", "Place", "node_name", "run_name"]
 
@@ -49,6 +50,25 @@ class Agreement:
         words: list[Any] = [None] * self.world_size
         dist.all_gather_object(words, word, group=self._group)
         return cast(list[T], words)
+
+    def together(self, doing: str, work: Callable[[], T]) -> list[T]:
+        """``work`` on all ranks, and what it gave on each; where it fails on one, all raise, and nobody waits for ever.
+
+        Raises what ``work`` raised here; RankFailed, which tells of it, elsewhere.
+        """
+        made: list[T] = []
+        failure: Exception | None = None
+        try:
+            made.append(work())
+        except Exception as error:  # noqa: BLE001 - raised below: the others wait to hear of it
+            failure = error
+        told = self.gather((made, None if failure is None else f"{type(failure).__name__}: {failure}"))
+        if failure is not None:
+            raise failure
+        failures = {rank: problem for rank, (_, problem) in enumerate(told) if problem is not None}
+        if failures:
+            raise RankFailed(doing, failures)
+        return [found[0] for found, _ in told]
 
     def place(self, node: str) -> Place:
         """Where this rank is among all. Raises InvalidArgument: nodes with different numbers of ranks."""

@@ -90,12 +90,14 @@ class RankMemory:
         index = self.slots.find(sequence)
         return index, self.headers[index]
 
-    def begin(self, snapshot: Snapshot, data_bytes: int, schema_bytes: int, *, rebuilding: bool = False) -> int:
-        """The slot that the snapshot may be written into; what it held is invalid from now on."""
+    def begin(
+        self, snapshot: Snapshot, data_bytes: int, schema_bytes: int, *, kept: int = 0, rebuilding: bool = False
+    ) -> int:
+        """The slot that the snapshot may be written into; what it held is invalid from now on, but never ``kept``."""
         self.geometry.data_view(self.region.view, 0, data_bytes)  # raises for what does not fit
         if not 0 < schema_bytes <= data_bytes:
             raise SnapshotRefused("size", f"a schema of {schema_bytes} bytes cannot begin {data_bytes} bytes of data.")
-        slots, index = (self.slots.rebuilding if rebuilding else self.slots.begun)(snapshot)
+        slots, index = self.slots.rebuilding(snapshot) if rebuilding else self.slots.begun(snapshot, kept)
         for other, (now, then) in enumerate(zip(self.slots.slots, slots.slots, strict=True)):
             if now != then:
                 self._free(other)

@@ -197,7 +197,8 @@ class Server:
             case messages.Begin():
                 generation = self._writers.generation(request.rank, session)
                 snapshot = Snapshot(generation, request.sequence, request.step)
-                return self.store.begin(request.rank, snapshot, request.data_bytes, request.schema_bytes)
+                sizes = request.data_bytes, request.schema_bytes
+                return self.store.begin(request.rank, snapshot, *sizes, request.kept)
             case messages.Written():
                 self._writers.generation(request.rank, session)
                 self.store.written(request.rank, request.sequence)

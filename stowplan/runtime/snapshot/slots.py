@@ -11,7 +11,10 @@ and the next one takes the other slot. Note: why nothing is lost
     needs the older snapshot; its own PARITY would not do, as another node may be without.
   - Parity has two buffers, as data has: parity of the newer snapshot is written while the older one is still needed.
   - Where the newer snapshot is not yet GLOBAL, the next one is skipped. All ranks skip the same ones, so they agree
-    before they begin (``Slots.free``).
+    before they begin (``Slots.next_slot``).
+  - The older snapshot may be kept while a copy of it on disk is being written: the next one takes the newer one's slot
+    then. That one is GLOBAL, so the older one is, too, and stays what can be restored. All ranks keep the same one, of
+    this generation: one from before a restart may be missing where a node was replaced.
   - A restart raises the generation on every node first, then chooses what to restore, and then discards what is newer.
     Who still has an older generation is refused, so what was chosen stays what can be restored.
 
@@ -79,17 +82,24 @@ class Slots:
     slots: tuple[Slot, ...] = (Slot(), Slot())
     generation: int = 0
 
-    @property
-    def free(self) -> int | None:
-        """The slot that the next snapshot may take; None while one is pending, so the next one has to be skipped."""
-        if any(slot.pending for slot in self.slots):
+    def next_slot(self, kept: int = 0) -> int | None:
+        """The slot that the next snapshot may take: the older one that does not have ``kept``.
+
+        None: the next one has to be skipped, as one is pending, or ``kept`` is not GLOBAL of this generation.
+        """
+        if any(slot.pending for slot in self.slots) or (kept and not self._restorable_by_all(kept)):
             return None
-        return min(range(len(self.slots)), key=lambda index: self.slots[index].sequence)
+        others = [index for index, slot in enumerate(self.slots) if not kept or slot.sequence != kept]
+        return min(others, key=lambda index: self.slots[index].sequence)
 
     @property
     def newest(self) -> int:
         """The sequence number of the newest snapshot that is in a slot; 0 if there is none."""
         return max(slot.sequence for slot in self.slots)
+
+    def _restorable_by_all(self, sequence: int) -> bool:
+        slot = self.slots[self.find(sequence)] if self.state(sequence) else Slot()
+        return slot.state is State.GLOBAL and slot.snapshot is not None and slot.snapshot.generation == self.generation
 
     def find(self, sequence: int) -> int:
         """The slot that this snapshot is in."""
@@ -119,8 +129,8 @@ class Slots:
                 f"process belongs to what was before; end it.",
             )
 
-    def begun(self, snapshot: Snapshot) -> tuple[Slots, int]:
-        """``snapshot`` is WRITING in the slot whose number comes with it; what was there is given up."""
+    def begun(self, snapshot: Snapshot, kept: int = 0) -> tuple[Slots, int]:
+        """``snapshot`` is WRITING in the slot whose number comes with it; what was there is given up, never ``kept``."""
         if snapshot.generation != self.generation:
             self.check(snapshot.generation)
             raise SnapshotRefused("generation", f"{snapshot} is of no generation known here: {self.generation} is.")
@@ -128,10 +138,11 @@ class Slots:
             raise SnapshotRefused(
                 "order", f"{snapshot} is not new: {self.newest} is in memory already. Take the next number."
             )
-        index = self.free
+        index = self.next_slot(kept)
         if index is None:
-            waits = next(slot for slot in self.slots if slot.pending)
-            raise SnapshotRefused("order", f"{waits.snapshot} is {waits.state.name}: skip {snapshot}, or wait.")
+            waits = next((slot for slot in self.slots if slot.pending), None)
+            why = f"{waits.snapshot} is {waits.state.name}" if waits else f"snapshot {kept}, to be kept, is not GLOBAL now"
+            raise SnapshotRefused("order", f"{why}: skip {snapshot}, or wait.")
         return self._with(index, Slot(State.WRITING, snapshot)), index
 
     def advanced(self, sequence: int, state: State) -> Slots:

@@ -101,15 +101,20 @@ class Store:
             return self._ranks[rank]
 
     # ---- a snapshot's way ----
-    def begin(self, rank: int, snapshot: Snapshot, data_bytes: int, schema_bytes: int) -> Begun | Skipped:
-        """A slot to write into, or what has to be done first. Raises SnapshotRefused, InvalidArgument (sizes)."""
+    def begin(
+        self, rank: int, snapshot: Snapshot, data_bytes: int, schema_bytes: int, kept: int = 0
+    ) -> Begun | Skipped:
+        """A slot to write into, or what has to be done first. Raises SnapshotRefused, InvalidArgument (sizes).
+
+        ``kept`` is the number of a snapshot that is not to be overwritten; 0: none.
+        """
         with self._changed:
             memory = self.memory(rank)
             memory.slots.check(snapshot.generation)
-            if memory.slots.free is None:
-                late = next(slot for slot in memory.slots.slots if slot.pending)
+            late = next((slot for slot in memory.slots.slots if slot.pending), None)
+            if late is not None:
                 return Skipped(late.sequence, late.state)
-            return Begun(memory.begin(snapshot, data_bytes, schema_bytes))
+            return Begun(memory.begin(snapshot, data_bytes, schema_bytes, kept=kept))
 
     def written(self, rank: int, sequence: int) -> None:
         """All bytes are there: checksums are computed in the background, then the slot is LOCAL."""

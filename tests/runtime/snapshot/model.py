@@ -23,6 +23,7 @@ class Rules:
     second_barrier: bool = True
     num_parity_buffers: int = 2
     fence_first: bool = True  # before it is chosen what a restart restores
+    kept: int = 0  # all later snapshots leave this one where it is
 
 
 @dataclass(frozen=True)
@@ -128,9 +129,12 @@ def _steps(group: Group, m: int, rules: Rules, empty: Node, num_snapshots: int) 
 @functools.cache
 def _own_steps(node: Node, members: tuple[Slots, ...], rules: Rules, limit: int) -> tuple[Node, ...]:
     after = []
-    if node.slots.free is not None and node.made < limit:
-        snapshot = Snapshot(node.slots.generation, node.made + 1, node.made + 1)
-        slots, index = node.slots.begun(snapshot)
+    generation = node.slots.generation
+    held = {slot.sequence for slot in node.slots.slots if slot.snapshot and slot.snapshot.generation == generation}
+    kept = rules.kept if rules.kept in held else 0
+    if node.slots.next_slot(kept) is not None and node.made < limit:
+        snapshot = Snapshot(generation, node.made + 1, node.made + 1)
+        slots, index = node.slots.begun(snapshot, kept)
         parity = node.parity
         if rules.num_parity_buffers == rules.num_slots:
             parity = (*parity[:index], None, *parity[index + 1 :])

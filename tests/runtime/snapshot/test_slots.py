@@ -36,6 +36,11 @@ def test_no_order_of_steps_and_losses_leaves_nothing_to_restore(n, m, num_snapsh
     assert explore(n, m, Rules(), num_snapshots, losses) > num_snapshots
 
 
+@pytest.mark.parametrize(("n", "m", "num_snapshots", "losses"), [(2, 1, 4, 1), (3, 1, 4, 0), (3, 1, 3, 1)])
+def test_nor_does_it_where_all_keep_an_older_snapshot(n, m, num_snapshots, losses):
+    assert explore(n, m, Rules(kept=1), num_snapshots, losses) > num_snapshots
+
+
 @pytest.mark.parametrize(("n", "m"), [(3, 1), (4, 2)])
 @pytest.mark.parametrize(
     ("rules", "losses"),
@@ -56,15 +61,28 @@ def test_each_rule_is_needed(n, m, rules, losses):
 def test_a_snapshot_takes_the_other_slot_only_when_the_newer_one_is_global():
     slots = Slots()
     for snapshot, expected in ((FIRST, 0), (SECOND, 1), (THIRD, 0)):
-        assert slots.free == expected
+        assert slots.next_slot() == expected
         slots = at(slots, snapshot, State.WRITING)
         for state in (State.LOCAL, State.PARITY, State.GLOBAL):
-            assert slots.free is None
+            assert slots.next_slot() is None
             with pytest.raises(SnapshotRefused, match="skip") as raised:
                 slots.begun(Snapshot(0, 9, 90))
             assert raised.value.reason == "order"
             slots = slots.advanced(snapshot.sequence, state)
     assert [slot.snapshot for slot in slots.slots] == [THIRD, SECOND]
+
+
+def test_what_is_kept_is_not_overwritten_and_has_to_be_restorable():
+    slots = at(at(Slots(), FIRST, State.GLOBAL), SECOND, State.GLOBAL)
+    assert slots.next_slot() == 0
+    assert slots.next_slot(kept=1) == 1
+    kept, _ = slots.begun(THIRD, kept=1)
+    assert [slot.snapshot for slot in kept.slots] == [FIRST, THIRD]
+    assert slots.fenced(1).next_slot(kept=1) is None, "from before a restart"
+    given_up = slots.rolled_back(1)
+    assert given_up.next_slot(kept=2) is None
+    with pytest.raises(SnapshotRefused, match="snapshot 2, to be kept, is not GLOBAL now: skip"):
+        given_up.begun(THIRD, kept=2)
 
 
 @pytest.mark.parametrize("state", [State.FREE, State.WRITING, State.PARITY, State.GLOBAL])
@@ -89,7 +107,7 @@ def test_giving_up_is_for_what_nobody_counts_on(state):
         with pytest.raises(SnapshotRefused, match="others may count on it"):
             slots.abandoned(2)
         return
-    assert slots.abandoned(2).free == 1
+    assert slots.abandoned(2).next_slot() == 1
     assert slots.abandoned(2) == slots.abandoned(2, by_all=True)
     assert slots.abandoned(2).state(1) is State.GLOBAL
 
