@@ -8,7 +8,8 @@ import threading
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ import torch
 from stowplan.core.units import format_bytes
 from stowplan.offload import numa
 
-__all__ = ["HostSlab", "Layout", "Span", "Taken"]
+__all__ = ["HostSlab", "Layout", "Span", "Taken", "page_lock"]
 
 _ALIGNMENT = 64
 
@@ -197,12 +198,17 @@ def _host_bytes(size_bytes: int, device: torch.device | None) -> torch.Tensor:
         node = numa.node_of(device)
         if node is not None:
             numa.prefer(tensor, node)
-        address, runtime = tensor.data_ptr(), torch.cuda.cudart()
-        status = int(runtime.cudaHostRegister(address, size_bytes, 0))
-        if status:
-            raise RuntimeError(f"cudaHostRegister of {format_bytes(size_bytes)} failed with CUDA error {status}")
-        weakref.finalize(tensor, runtime.cudaHostUnregister, address)
+        weakref.finalize(tensor, page_lock(tensor.data_ptr(), size_bytes))
     return tensor
+
+
+def page_lock(address: int, size_bytes: int) -> Callable[[], object]:
+    """Page-lock host memory for CUDA's copies; gives what unlocks it. Raises RuntimeError."""
+    runtime = torch.cuda.cudart()
+    status = int(runtime.cudaHostRegister(address, size_bytes, 0))
+    if status:
+        raise RuntimeError(f"cudaHostRegister of {format_bytes(size_bytes)} failed with CUDA error {status}")
+    return partial(runtime.cudaHostUnregister, address)
 
 
 def _aligned(size_bytes: int) -> int:

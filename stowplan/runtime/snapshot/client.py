@@ -26,6 +26,7 @@ from stowplan.runtime.snapshot import messages
 from stowplan.runtime.snapshot.codes.kernels import as_bytes
 from stowplan.runtime.snapshot.connection import Connection, start_or_connect
 from stowplan.runtime.snapshot.layout import Coding, Geometry, payload_offset
+from stowplan.runtime.snapshot.limits import SnapshotLimits
 from stowplan.runtime.snapshot.memory import Region
 from stowplan.runtime.snapshot.messages import Attached, Begun, Done, Skipped, SlotStatus, Status
 from stowplan.runtime.snapshot.process import IDLE_SECONDS, LOOPBACK
@@ -96,11 +97,18 @@ class SnapshotClient:
         self._connection.ask(request, Attached, timeout_seconds=None)
         self._attach()
 
+    @property
+    def memory(self) -> memoryview:
+        """All of this rank's memory, as it is mapped here. Raises SnapshotRefused ("order"): none is reserved."""
+        return self._mapped()[1].view
+
     def adopt(self) -> None:
         """Give this rank's memory to a new memory process, after the former one was lost; one is started if need be."""
-        attached, region = self._mapped()
         self._connection.close()
         self._connection = self._connect()
+        if self._region is None:
+            return
+        attached, region = self._mapped()
         request = messages.Adopt(self.rank, attached.data_bytes, attached.parity_bytes, attached.coding)
         try:
             self._connection.ask(request, Attached, [region.descriptor])
@@ -194,9 +202,10 @@ class SnapshotClient:
         return self._connection.ask(messages.GetStatus(), Status)[0]
 
     # ---- restarts, and the end ----
-    def listen(self) -> tuple[str, int]:
+    def listen(self, limits: SnapshotLimits | None = None) -> tuple[str, int]:
         """Where this rank's exchange with its group listens: host and port. Needs memory with a code."""
-        answer, _ = self._connection.ask(messages.Listen(self.rank), messages.Listening)
+        request = messages.Listen(self.rank, limits or SnapshotLimits())
+        answer, _ = self._connection.ask(request, messages.Listening)
         return answer.host, answer.port
 
     def meet(self, addresses: Mapping[int, tuple[str, int]]) -> None:

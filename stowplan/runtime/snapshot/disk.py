@@ -19,7 +19,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,18 +66,21 @@ _NAME = re.compile(r"step_(\d{12})")
 _BLOCK = 4 << 20
 
 
-def write_part(directory: str | Path, piece: Piece, *, attempt: int = 0) -> int:
+def write_part(
+    directory: str | Path, piece: Piece, *, attempt: int = 0, overtaken: Callable[[], bool] = lambda: False
+) -> int:
     """Write one rank's part of a snapshot; what other ranks write is left out. Gives the bytes written.
 
     Args:
         directory: the same for all ranks, on a file system that all nodes share.
         piece: the buffer must not change meanwhile.
         attempt: of the job; parts of different attempts are never put together.
+        overtaken: asked when all has been read; whether the buffer has changed meanwhile, so that this is no part.
 
     Raises:
         OSError, RuntimeError: a full disk, or another fault of it (torch tells some as RuntimeError). There is no
             part then, and what was written of it is deleted.
-        InvalidSnapshot: the schema is damaged.
+        InvalidSnapshot: the schema is damaged, or it was overtaken.
     """
     contents = Contents.of(piece)
     folder = _partial(Path(directory), contents.step, attempt)
@@ -89,6 +92,8 @@ def write_part(directory: str | Path, piece: Piece, *, attempt: int = 0) -> int:
     plan = writer.prepare_local_plan(SavePlan([_write_item(name, entry) for name, entry in entries.items()]))
     try:
         results = writer.write_data(plan, _Resolver(contents, entries)).value()
+        if overtaken():
+            raise InvalidSnapshot("its memory was needed for the next snapshot before it was written.")
     except BaseException:
         for file in folder.glob(f"__{contents.rank}_*"):  # a full disk needs its room
             file.unlink(missing_ok=True)

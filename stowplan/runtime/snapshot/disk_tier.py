@@ -71,6 +71,19 @@ class DiskTier:
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
+        self._reading_since: float | None = None
+        self._overtaken = threading.Event()
+
+    @property
+    def reading_seconds(self) -> float | None:
+        """For how long the buffers of what was offered have been in use; None: they are not, or no longer."""
+        since = self._reading_since
+        return None if since is None else time.monotonic() - since
+
+    def overtake(self) -> None:
+        """The buffers may change from now on: what is being read from them will not count as written."""
+        self._overtaken.set()
+        self._reading_since = None
 
     @property
     def status(self) -> DiskStatus:
@@ -100,14 +113,21 @@ class DiskTier:
                 self._status = replace(self._status, num_skipped=self._status.num_skipped + 1)
                 return False
             self._status = replace(self._status, writing=step)
+            self._reading_since = time.monotonic()
+            self._overtaken = threading.Event()
             self._thread = threading.Thread(
                 target=self._write,
-                args=(step, list(pieces), any(schema["rank"] == 0 for schema in schemas), release),
+                args=(step, list(pieces), any(schema["rank"] == 0 for schema in schemas), release, self._overtaken),
                 name="stowplan-disk",
                 daemon=True,
             )
             self._thread.start()
         return True
+
+    def skip(self) -> None:
+        """A copy is not begun, as another rank is not done with the one before."""
+        with self._lock:
+            self._status = replace(self._status, num_skipped=self._status.num_skipped + 1)
 
     def wait(self, timeout_seconds: float | None = None) -> bool:
         """Wait until nothing is being written; False if that takes longer."""
@@ -121,13 +141,24 @@ class DiskTier:
         self._closing.set()
         self.wait()
 
-    def _write(self, step: int, pieces: list[Piece], first: bool, release: Callable[[], object] | None) -> None:
+    def _write(
+        self,
+        step: int,
+        pieces: list[Piece],
+        first: bool,
+        release: Callable[[], object] | None,
+        overtaken: threading.Event,
+    ) -> None:
         begin = time.monotonic()
         try:
             try:
-                num_bytes = sum(write_part(self.directory, piece, attempt=self._attempt) for piece in pieces)
+                num_bytes = sum(
+                    write_part(self.directory, piece, attempt=self._attempt, overtaken=overtaken.is_set)
+                    for piece in pieces
+                )
             finally:
                 pieces.clear()
+                self._reading_since = None
                 if release is not None:
                     release()
             seconds = time.monotonic() - begin

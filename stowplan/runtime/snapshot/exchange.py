@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 from stowplan.core.errors import InvalidArgument, SnapshotPeerRefused, SnapshotPeerUnavailable, StowplanError
 from stowplan.runtime.snapshot.authentication import JobToken, Member
 from stowplan.runtime.snapshot.codes import Area, Code, Layout, Plan, Span, Term, accumulate, crc32c
+from stowplan.runtime.snapshot.limits import SnapshotLimits
 from stowplan.runtime.snapshot.node_store import Held, NodeStore, Table, find
 from stowplan.runtime.snapshot.peer_messages import AskState, AskTable, Done, Read, Request, StateAnswer
 from stowplan.runtime.snapshot.peers import Address, Link, Payload, Server
@@ -29,7 +30,7 @@ from stowplan.runtime.snapshot.serving import Service, own_table
 from stowplan.runtime.snapshot.slots import Snapshot, State
 from stowplan.runtime.snapshot.wire import MOST_PAYLOAD_BYTES
 
-__all__ = ["Exchange", "Limits", "Outcome", "Verdict", "crcs_in_turn", "fenced", "gathered", "member_of"]
+__all__ = ["Exchange", "Outcome", "Verdict", "crcs_in_turn", "fenced", "gathered", "member_of"]
 
 T = TypeVar("T")
 _ZEROS = bytes(1 << 20)
@@ -55,29 +56,6 @@ class Outcome:
     reason: str = ""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Limits:
-    """Times in seconds; ``bytes_per_second`` is what a node sends for coding (None: no limit), recovery not counted.
-
-    A node holds ``most_pieces`` pieces of up to a block that it asked for, and one block for each node that asks.
-    """
-
-    deadline_seconds: float = 120.0  # of a snapshot's coding
-    recovery_seconds: float = 600.0
-    timeout_seconds: float = 20.0  # of a request
-    handshake_seconds: float = 5.0
-    poll_seconds: float = 0.05
-    most_backoff_seconds: float = 1.0
-    bytes_per_second: float | None = None
-    most_pieces: int = 4
-
-    def __post_init__(self) -> None:
-        for name in self.__slots__:
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise InvalidArgument(f"{name}={value} of the exchange of snapshots: give a number above 0.")
-
-
 def member_of(run: str, group: str, node: int, code: Code, block_bytes: int) -> Member:
     """Raises InvalidArgument: no such node, or blocks that a frame cannot take."""
     code.nodes((node,))
@@ -97,10 +75,10 @@ class Exchange:
         code: Code,
         store: NodeStore,
         token: JobToken,
-        limits: Limits | None = None,
+        limits: SnapshotLimits | None = None,
         bucket: TokenBucket | None = None,
     ) -> None:
-        self.member, self.coding, self.store, self.limits = member, code, store, limits or Limits()
+        self.member, self.coding, self.store, self.limits = member, code, store, limits or SnapshotLimits()
         self._token = token
         rate = self.limits.bytes_per_second
         if rate and rate * self.limits.timeout_seconds < code.n * member.block_bytes:

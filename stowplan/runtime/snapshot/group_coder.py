@@ -12,8 +12,9 @@ from stowplan.core.errors import InvalidArgument, SnapshotPeerUnavailable, Snaps
 from stowplan.runtime.snapshot.authentication import JobToken
 from stowplan.runtime.snapshot.coder import Alone
 from stowplan.runtime.snapshot.codes import NAMES, code_for
-from stowplan.runtime.snapshot.exchange import Exchange, Limits, Verdict, member_of
+from stowplan.runtime.snapshot.exchange import Exchange, Verdict, member_of
 from stowplan.runtime.snapshot.layout import CHUNK_BYTES, Coding
+from stowplan.runtime.snapshot.limits import SnapshotLimits
 from stowplan.runtime.snapshot.peers import Address
 from stowplan.runtime.snapshot.rank_store import RankStore
 from stowplan.runtime.snapshot.recovery import Restored, recover
@@ -32,24 +33,24 @@ class GroupCoder:
     ``host`` is where exchanges listen. Methods may be called from any thread but the loop's.
     """
 
-    def __init__(self, run: str, host: str, limits: Limits | None = None) -> None:
-        self._run, self._host, self._limits = run, host, limits
+    def __init__(self, run: str, host: str) -> None:
+        self._run, self._host = run, host
         self._lock = threading.Lock()
-        self._exchanges: dict[int, tuple[Coding, Exchange, Address]] = {}
+        self._exchanges: dict[int, tuple[tuple[Coding, SnapshotLimits], Exchange, Address]] = {}
         self._met: set[int] = set()  # ranks whose peers' addresses are known
         self._turns: dict[int, threading.Lock] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._alone = Alone()
 
-    def listen(self, store: Store, rank: int) -> Address:
-        """Where the rank's exchange listens; it is started if it is not there yet.
+    def listen(self, store: Store, rank: int, limits: SnapshotLimits) -> Address:
+        """Where the rank's exchange listens; it is started if it is not there yet, and anew for other limits.
 
         Raises SnapshotRefused: "order" for memory without a code, "token", "address" for one that is not this host's.
         """
         coding = store.memory(rank).coding
         with self._lock:
             known = self._exchanges.get(rank)
-            if known and known[0] == coding:
+            if known and known[0] == (coding, limits):
                 return known[2]
             if coding.code not in NAMES:
                 raise SnapshotRefused("order", f"rank {rank}'s memory has no code, so nobody to exchange with.")
@@ -64,14 +65,14 @@ class GroupCoder:
                 self._met.discard(rank)
 
             async def started() -> tuple[Exchange, Address]:
-                exchange = Exchange(member, code, RankStore(store, rank), token, self._limits)
+                exchange = Exchange(member, code, RankStore(store, rank), token, limits)
                 return exchange, await exchange.start(self._host)
 
             try:
                 exchange, address = self._wait_for(started())
             except OSError as error:
                 raise SnapshotRefused("address", f"nothing can listen at {self._host}: {error}.") from error
-            self._exchanges[rank] = coding, exchange, address
+            self._exchanges[rank] = (coding, limits), exchange, address
             return address
 
     def meet(self, store: Store, rank: int, addresses: Mapping[int, Address]) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import time
 
 from stowplan.core.errors import InvalidArgument
 
-__all__ = ["interval_seconds", "interval_steps"]
+__all__ = ["Timetable", "interval_seconds", "interval_steps"]
 
 
 def interval_seconds(cost_seconds: float, mtbf_seconds: float, *, least_seconds: float = 0.0) -> float:
@@ -61,3 +62,54 @@ def interval_steps(
         raise InvalidArgument(f"step_seconds={step_seconds!r}: give the time of a step in seconds, more than 0.")
     seconds = interval_seconds(cost_seconds, mtbf_seconds, least_seconds=least_seconds)
     return None if math.isinf(seconds) else max(1, math.ceil(seconds / step_seconds))
+
+
+class Timetable:
+    """When a snapshot is due: each time, every so many steps, or by Young's rule from what is measured.
+
+    Raises InvalidArgument: an interval below 1, an MTBF that is not above 0, or both of them.
+    """
+
+    def __init__(self, interval: int | None = None, mtbf_seconds: float | None = None) -> None:
+        if interval is not None and mtbf_seconds is not None:
+            raise InvalidArgument("interval= and mtbf_seconds= were both given: the second is to choose the first.")
+        if mtbf_seconds is not None:
+            interval_seconds(0.0, mtbf_seconds)
+        self.interval = interval_steps(0.0, 1.0, step_seconds=1.0, chosen=1 if interval is None else interval)
+        self._mtbf_seconds = mtbf_seconds
+        self._next: int | None = 0
+        self._resumed: tuple[int, float] | None = None
+        self._num_steps, self._seconds = 0, 0.0
+
+    def due(self, step: int) -> bool:
+        """Whether one is to be taken after ``step`` steps."""
+        if self._mtbf_seconds is None:
+            return not step % (self.interval or 1)
+        return self._next is not None and step >= self._next
+
+    def plan(
+        self, step: int, cost_seconds: float | None, least_seconds: float | None, step_seconds: float | None
+    ) -> None:
+        """One is taken now; when the next one is due, with what is known of the last. Until all is known: at once."""
+        if self._mtbf_seconds is None or cost_seconds is None or not step_seconds:
+            return
+        self.interval = interval_steps(
+            cost_seconds, self._mtbf_seconds, step_seconds=step_seconds, least_seconds=least_seconds or 0.0
+        )
+        self._next = None if self.interval is None else step + self.interval
+
+    # ---- what steps take ----
+    def pause(self, step: int) -> None:
+        """``step`` steps are over."""
+        if self._resumed is not None and step > self._resumed[0]:
+            self._num_steps += step - self._resumed[0]
+            self._seconds += time.monotonic() - self._resumed[1]
+
+    def resume(self, step: int) -> None:
+        """The step after ``step`` steps begins."""
+        self._resumed = step, time.monotonic()
+
+    @property
+    def step_seconds(self) -> float | None:
+        """The mean, without what snapshots take; None before the first one was seen."""
+        return self._seconds / self._num_steps if self._num_steps else None

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias, get_args
 from stowplan.core.errors import InvalidArgument, SnapshotRefused
 from stowplan.core.records import RecordError, from_plain, to_plain
 from stowplan.runtime.snapshot.layout import Coding
+from stowplan.runtime.snapshot.limits import SnapshotLimits
 from stowplan.runtime.snapshot.slots import State
 
 __all__ = [
@@ -59,7 +60,7 @@ __all__ = [
 ]
 
 PROTOCOL_VERSION = 1
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _MOST_RANKS = 4096
 
 
@@ -185,6 +186,7 @@ class Listen:
     """The rank's exchange with its group is to listen. Answered by Listening."""
 
     rank: int
+    limits: SnapshotLimits = field(default_factory=SnapshotLimits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,13 +284,20 @@ class Inspected:
 
 @dataclass(frozen=True, slots=True)
 class RankStatus:
-    """A rank's memory, and which process writes it."""
+    """A rank's memory, and which process writes it.
+
+    Of its last complete snapshot: for how long it was written by the trainer, and how long it took until it was GLOBAL;
+    None where this process has seen none.
+    """
 
     rank: int
     data_bytes: int
     parity_bytes: int
+    coding: Coding
     writer_pid: int | None
     slots: tuple[SlotStatus, ...]
+    blocking_seconds: float | None = None
+    total_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -386,13 +395,13 @@ def answer_from_plain(plain: Any) -> Answer:
     return answer
 
 
-def check_name(name: str, argument: str) -> str:
+def check_name(name: str, argument: str, most: int = 64) -> str:
     """A run's or a node's name, as it is; it becomes part of a file's name. Raises SnapshotRefused ("malformed")."""
-    if not _NAME.fullmatch(name):
+    if not _NAME.fullmatch(name) or len(name) > most:
         raise SnapshotRefused(
             "malformed",
-            f"{argument}={name!r}: 1 to 64 letters, digits, dots, underscores and hyphens are allowed, the first one a "
-            f"letter or a digit.",
+            f"{argument}={name!r}: 1 to {most} letters, digits, dots, underscores and hyphens are allowed, the first "
+            f"one a letter or a digit.",
         )
     return name
 

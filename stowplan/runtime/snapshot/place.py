@@ -9,15 +9,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
+import torch
 import torch.distributed as dist
 
 from stowplan.core.errors import InvalidArgument, RankFailed
+from stowplan.core.units import MIB
 
 __all__ = ["NODE_VARIABLE", "RUN_VARIABLE", "Agreement", "Place", "node_name", "run_name"]
 
 T = TypeVar("T")
 NODE_VARIABLE = "STOWPLAN_NODE"
 RUN_VARIABLE = "STOWPLAN_RUN"
+_BROADCAST_BYTES = 64 * MIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,12 @@ class Agreement:
         words: list[Any] = [None] * self.world_size
         dist.all_gather_object(words, word, group=self._group)
         return cast(list[T], words)
+
+    def broadcast(self, buffer: torch.Tensor, source: int) -> None:
+        """Bytes of rank ``source`` into those of all others, as many; all call it."""
+        if self._group is not None:
+            for part in buffer.split(_BROADCAST_BYTES):
+                dist.broadcast(part, source, group=self._group)
 
     def together(self, doing: str, work: Callable[[], T]) -> list[T]:
         """``work`` on all ranks, and what it gave on each; where it fails on one, all raise, and nobody waits for ever.

@@ -95,9 +95,12 @@ def check_directory(directory: Path) -> None:
         )
 
 
+_MOST_NODE_NAME = 96  # a host's, and which layout of ranks over nodes the memory is of
+
+
 def files_of(run: str, node: str, directory: Path) -> Files:
     """The files of a run's memory process on a node. Raises SnapshotRefused ("malformed") for names that do not fit."""
-    name = f"{check_name(run, 'run')}@{check_name(node, 'node')}"
+    name = f"{check_name(run, 'run')}@{check_name(node, 'node', _MOST_NODE_NAME)}"
     path = directory / f"{name}.sock"
     if len(os.fsencode(path)) > _LONGEST_PATH_BYTES:
         raise SnapshotRefused(

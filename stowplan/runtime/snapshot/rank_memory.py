@@ -5,6 +5,7 @@ Methods change one rank and do not wait; ``Store`` calls them one at a time.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -25,7 +26,7 @@ from stowplan.runtime.snapshot.memory import Region
 from stowplan.runtime.snapshot.messages import RankStatus, SlotStatus
 from stowplan.runtime.snapshot.slots import Slot, Slots, Snapshot, State
 
-__all__ = ["Checksums", "RankMemory"]
+__all__ = ["Checksums", "RankMemory", "Times"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,32 @@ class Checksums:
 
     chunks: Sequence[int]
     schema_crc: int = 0
+
+
+@dataclass(eq=False)
+class Times:
+    """How long the last complete snapshot took, from its beginning until it was written, and until it was GLOBAL."""
+
+    last_blocking_seconds: float | None = None
+    last_total_seconds: float | None = None
+    _sequence: int = 0  # of the snapshot that is on its way
+    _began: float = 0.0
+    _blocking_seconds: float = 0.0
+
+    def begin(self, sequence: int) -> None:
+        """The trainer may write now."""
+        self._sequence, self._began = sequence, time.monotonic()
+
+    def written(self, sequence: int) -> None:
+        """The trainer goes on training."""
+        if sequence == self._sequence:
+            self._blocking_seconds = time.monotonic() - self._began
+
+    def complete(self, sequence: int) -> None:
+        """It is GLOBAL."""
+        if sequence == self._sequence:
+            self.last_blocking_seconds = self._blocking_seconds
+            self.last_total_seconds = time.monotonic() - self._began
 
 
 @dataclass(eq=False)
@@ -46,6 +73,7 @@ class RankMemory:
     geometry: Geometry
     coding: Coding
     slots: Slots
+    times: Times = field(default_factory=Times)
     headers: dict[int, Header] = field(default_factory=dict)  # by slot, of those that are not FREE
     damaged: dict[int, Damage] = field(default_factory=dict)  # by slot, of those that were looked at
 
@@ -73,7 +101,7 @@ class RankMemory:
         found = tuple(header.slot if header else Slot() for header in headers)
         newest = max([generation, *(slot.snapshot.generation for slot in found if slot.snapshot)])
         known = {slot: header for slot, header in enumerate(headers) if header}
-        memory = cls(run, rank, region, geometry, coding, Slots(found, newest), known)
+        memory = cls(run, rank, region, geometry, coding, Slots(found, newest), headers=known)
         memory.become(memory.slots.survived())
         return memory
 
@@ -106,6 +134,7 @@ class RankMemory:
         )
         write_header(self.region.view, index, self.headers[index])
         self.slots = slots
+        self.times.begin(0 if rebuilding else snapshot.sequence)
         return index
 
     def data(self, sequence: int) -> memoryview:
@@ -141,6 +170,7 @@ class RankMemory:
         slots = self.slots.advanced(sequence, State.GLOBAL)
         index, header = self.header(sequence)
         self._commit(index, replace(header, state=State.GLOBAL), slots)
+        self.times.complete(sequence)
 
     def mend_header(self, index: int) -> bool:
         """Write a slot's header anew if what is in memory is not what it is known to be; whether that was so."""
@@ -166,7 +196,8 @@ class RankMemory:
         """For messages."""
         slots = tuple(self.slot_status(index) for index in range(NUM_SLOTS))
         capacities = self.geometry.data_capacity_bytes, self.geometry.parity_capacity_bytes
-        return RankStatus(self.rank, *capacities, writer_pid, slots)
+        seconds = self.times.last_blocking_seconds, self.times.last_total_seconds
+        return RankStatus(self.rank, *capacities, self.coding, writer_pid, slots, *seconds)
 
     def _free(self, index: int) -> None:
         invalidate(self.region.view, index)

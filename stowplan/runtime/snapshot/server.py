@@ -236,7 +236,7 @@ class Server:
     def _answer_group(self, request: messages.Listen | messages.Meet | messages.Recover) -> Answer:
         match request:
             case messages.Listen():
-                return messages.Listening(*self.groups.listen(self.store, request.rank))
+                return messages.Listening(*self.groups.listen(self.store, request.rank, request.limits))
             case messages.Meet():
                 peers = {peer.node: (peer.host, peer.port) for peer in request.peers}
                 self.groups.meet(self.store, request.rank, peers)

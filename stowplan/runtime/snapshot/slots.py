@@ -130,7 +130,7 @@ class Slots:
             )
 
     def begun(self, snapshot: Snapshot, kept: int = 0) -> tuple[Slots, int]:
-        """``snapshot`` is WRITING in the slot whose number comes with it; what was there is given up, never ``kept``."""
+        """``snapshot`` is WRITING in the slot whose number comes with it; what was there is given up, not ``kept``."""
         if snapshot.generation != self.generation:
             self.check(snapshot.generation)
             raise SnapshotRefused("generation", f"{snapshot} is of no generation known here: {self.generation} is.")
@@ -141,7 +141,11 @@ class Slots:
         index = self.next_slot(kept)
         if index is None:
             waits = next((slot for slot in self.slots if slot.pending), None)
-            why = f"{waits.snapshot} is {waits.state.name}" if waits else f"snapshot {kept}, to be kept, is not GLOBAL now"
+            why = (
+                f"{waits.snapshot} is {waits.state.name}"
+                if waits
+                else f"snapshot {kept}, to be kept, is not GLOBAL now"
+            )
             raise SnapshotRefused("order", f"{why}: skip {snapshot}, or wait.")
         return self._with(index, Slot(State.WRITING, snapshot)), index
 

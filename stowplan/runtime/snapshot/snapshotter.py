@@ -8,14 +8,15 @@
 
 Note: what all ranks agree on. Before each one all say how their last one stands. While any is on its way, all skip.
 Where a group gave one up that others have, those discard it: the one before, which all have, stays until the next is
-GLOBAL on all. A snapshot that some rank could not restore never takes the place of one that all can.
+GLOBAL on all. A snapshot that some rank could not restore never takes the place of one that all can. What fails on one
+rank ends the call on all.
 """
 
 from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -30,20 +31,26 @@ from stowplan.core.errors import (
 from stowplan.core.units import MIB
 from stowplan.runtime.snapshot.authentication import JobToken
 from stowplan.runtime.snapshot.client import SnapshotClient, Writing
-from stowplan.runtime.snapshot.codes import Code, Layout, Name, code_for
+from stowplan.runtime.snapshot.codes import Name, code_for
 from stowplan.runtime.snapshot.connection import start_or_connect
 from stowplan.runtime.snapshot.contents import Piece
 from stowplan.runtime.snapshot.disk import newest_complete
 from stowplan.runtime.snapshot.disk_restore import restore_from_disk
 from stowplan.runtime.snapshot.disk_tier import DiskStatus, DiskTier
-from stowplan.runtime.snapshot.layout import Coding, payload_offset
+from stowplan.runtime.snapshot.former import gathered, newest_first, taken_over
+from stowplan.runtime.snapshot.interval import Timetable
+from stowplan.runtime.snapshot.layout import payload_offset
+from stowplan.runtime.snapshot.layouts import Found, RankLayout, memory_on, processes_on
+from stowplan.runtime.snapshot.limits import SnapshotLimits
+from stowplan.runtime.snapshot.members import Member, Members
 from stowplan.runtime.snapshot.messages import RankStatus, Status
+from stowplan.runtime.snapshot.pinning import page_locked
 from stowplan.runtime.snapshot.place import Agreement, node_name, run_name
 from stowplan.runtime.snapshot.process import IDLE_SECONDS, LOOPBACK
-from stowplan.runtime.snapshot.restore import Restored, restore
+from stowplan.runtime.snapshot.restore import Restored, reshard, restore
 from stowplan.runtime.snapshot.schema import Schema, Tensor, schema_to_bytes
 from stowplan.runtime.snapshot.slots import State
-from stowplan.runtime.snapshot.state import TrainingState, flatten
+from stowplan.runtime.snapshot.state import Flat, TrainingState, flatten
 from stowplan.runtime.snapshot.state_schema import dump_schema
 
 __all__ = ["Saved", "Snapshotter", "SnapshotterStatus"]
@@ -61,10 +68,14 @@ class Saved:
 
 @dataclass(frozen=True, slots=True)
 class SnapshotterStatus:
-    """``memory`` is this node's memory process's word; None where it cannot be reached. ``disk``: None without one."""
+    """``memory`` is this node's memory process's word; None where it cannot be reached. ``disk``: None without one.
+
+    ``interval``: steps from one snapshot to the next, as it is now; None: no more are taken, as nothing fails.
+    """
 
     num_saved: int
     num_skipped: int
+    interval: int | None
     last: Saved | None
     memory: Status | None
     disk: DiskStatus | None
@@ -72,12 +83,19 @@ class SnapshotterStatus:
 
 @dataclass(frozen=True, slots=True)
 class _Standing:
+    """How this rank's snapshots stand, for all ranks."""
+
     needed_bytes: int
-    pending: bool
-    newest: int
-    complete: int  # the newest that is GLOBAL
-    rejoined: bool
-    disk_step: int | None
+    pending: bool = False
+    newest: int = 0
+    complete: int = 0  # the newest that is GLOBAL
+    trouble: str = ""  # with the memory process
+    writing_step: int | None = None  # to disk
+    read: int = 0  # number of the snapshot that is being read for the disk
+    read_late: bool = False
+    blocking_seconds: float | None = None
+    total_seconds: float | None = None
+    step_seconds: float | None = None
 
 
 class Snapshotter:
@@ -87,15 +105,19 @@ class Snapshotter:
         model, optimizer, scheduler, scaler, data, extras: as of ``TrainingState``.
         run: names the job: the same in all restarts, another for each job. Default: STOWPLAN_RUN, torchrun's id.
         interval: ``save`` takes every so manyeth step only. Default: each that it is called with.
+        mtbf_seconds: mean time between failures of the whole job; instead of an interval, which is then chosen by
+            Young's rule from what snapshots cost and how long steps take, and never shorter than a snapshot takes.
         code, m: the erasure code over nodes ("mirror", "raim5", "rs") and how many nodes may be lost. Default: by m, 1.
         node: this node's name. Default: STOWPLAN_NODE, the host's name. Ranks of one name share a memory process.
         listen: this host's address for other nodes. Default: 127.0.0.1 where all are one host, else by the host's name.
+        limits: of the network and the time that the exchange between nodes may take.
         directory: copies on disk, too, on a file system that all nodes share.
         disk_interval: steps from one copy to the next.
+        disk_patience_seconds: for how long a copy may keep its snapshot in memory; it is given up then.
         idle_seconds: how long memory outlives the last process that is connected to it.
 
     Several nodes need a job token (STOWPLAN_JOB_TOKEN_FILE). Raises InvalidArgument, SnapshotRefused,
-    SnapshotProcessUnavailable.
+    SnapshotProcessUnavailable; RankFailed where that was on other ranks, here and in all methods.
     """
 
     def __init__(
@@ -109,106 +131,209 @@ class Snapshotter:
         extras: Mapping[str, Any] | None = None,
         run: str | None = None,
         interval: int | None = None,
+        mtbf_seconds: float | None = None,
         code: Name | None = None,
         m: int = 1,
         node: str | None = None,
         listen: str | None = None,
+        limits: SnapshotLimits | None = None,
         directory: str | Path | None = None,
         disk_interval: int | None = None,
+        disk_patience_seconds: float = 600.0,
         idle_seconds: float = IDLE_SECONDS,
     ) -> None:
-        for name, steps in (("interval", interval), ("disk_interval", disk_interval)):
-            if steps is not None and (type(steps) is not int or steps < 1):
-                raise InvalidArgument(f"{name}={steps!r}: give a whole number of steps, 1 or more.")
+        if disk_interval is not None and (type(disk_interval) is not int or disk_interval < 1):
+            raise InvalidArgument(f"disk_interval={disk_interval!r}: give a whole number of steps, 1 or more.")
+        self._timetable = Timetable(interval, mtbf_seconds)
         self._parts = {
             "model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler, "data": data,
             "extras": extras or {},
         }  # fmt: skip
-        self._interval, self._disk_interval = interval, disk_interval or 1
+        self._disk_interval, self._disk_patience_seconds = disk_interval or 1, disk_patience_seconds
+        self._limits = limits or SnapshotLimits()
         self._agreement = Agreement()
         self.place = place = self._agreement.place(node_name(node))
-        self._code: Code | None = code_for(place.num_nodes, m, code) if place.num_nodes > 1 else None
-        if self._code:
-            JobToken.from_environment()  # before training, not when coding begins
-        address = listen or (LOOPBACK if place.one_host else socket.gethostbyname(socket.gethostname()))
-        run = run_name(run)
-        self.generation = self._next_generation(run, idle_seconds, address)
-        self._client = SnapshotClient(
-            run, place.local_rank, node=place.node, num_ranks=place.local_size, generation=self.generation,
-            idle_seconds=idle_seconds, listen=address,
-        )  # fmt: skip
-        self._agreement.gather(None)  # all are of the new generation
+        code_of_job = code_for(place.num_nodes, m, code) if place.num_nodes > 1 else None
+        self._layout = RankLayout.of(place.num_nodes, place.local_size, code_of_job)
+        self._idle_seconds = idle_seconds
+        self._listen = listen or (LOOPBACK if place.one_host else socket.gethostbyname(socket.gethostname()))
+        self.run = ""
+        self.generation = max(self._agreement.together("starting memory processes", lambda: self._started(run))) + 1
+        own = Member(place.node_index, place.local_rank)
+        process = self._layout.process(place.node)
+        clients: dict[Member, SnapshotClient] = {}
+
+        def connect() -> None:
+            clients[own] = self._connected(process, place.local_rank, place.local_size)
+
+        self._agreement.together("connecting to memory processes", connect)  # all are of the new generation then
+        self._client = clients[own]
+        self._members = Members(self._agreement, clients, code_of_job, self._limits)
+        self._former: Members | None = None  # of another layout, until there is a snapshot of this one
+        self._capacity_bytes = 0
+        self._unlock: Callable[[], object] = lambda: None
         self._directory = Path(directory) if directory else None
         self._disk: DiskTier | None = None
+        self._on_disk = 0  # number of the snapshot that was last offered to the disk
         if self._directory:
             self._disk = DiskTier(self._directory, world_size=place.world_size, attempt=self.generation)
-        self._capacity_bytes = 0
         self._num_saved = self._num_skipped = 0
         self._last: Saved | None = None
 
+    # ---- taking one ----
     def save(self, step: int) -> Saved:
         """Take a snapshot, if the interval says so and the one before is complete; all ranks call it after each step.
 
         The copy is over when it returns; checksums, coding and the disk go on beside training.
 
-        Raises InvalidArgument: something that a snapshot cannot hold; SnapshotMemoryUnavailable, the first time.
+        Raises InvalidArgument: something that a snapshot cannot hold; SnapshotMemoryUnavailable, where it has grown.
         """
-        if self._interval and step % self._interval:
-            return Saved(step, skipped="not due")
-        begin = time.perf_counter()
-        flat = flatten(TrainingState(**self._parts, step=step))
-        text = dump_schema(flat.schema).decode()
-        schema = Schema((Tensor("state", "uint8", (flat.num_bytes,), 0, flat.num_bytes),), values=text)
-        needed = payload_offset(len(schema_to_bytes(schema))) + flat.num_bytes
-        words = self._agreement.gather(self._standing(needed))
-        if reason := self._late(words):
-            return self._noted(Saved(step, time.perf_counter() - begin, skipped=reason))
-        complete = min(word.complete for word in words)
-        if any(word.newest > complete for word in words):
-            self._client.roll_back(complete)
-            self._agreement.gather(None)  # before anybody begins
-        if max(word.needed_bytes for word in words) > self._capacity_bytes:
-            self._reserve(_with_reserve(max(word.needed_bytes for word in words)))
-        sequence = max(word.newest for word in words) + 1
-        writing = self._client.begin(sequence, step, schema)
-        if not isinstance(writing, Writing):
-            raise SnapshotRefused("order", f"snapshot {sequence} cannot begin although all were complete: {writing}.")
-        flat.copy_into(writing.payload)
-        self._client.commit(sequence)
-        if self._disk and step % self._disk_interval == 0:
-            self._disk.offer([Piece(text, writing.payload)])
-        return self._noted(Saved(step, time.perf_counter() - begin, needed))
+        self._timetable.pause(step)
+        try:
+            if not self._timetable.due(step):
+                return Saved(step, skipped="not due")
+            return self._saved(step)
+        finally:
+            self._timetable.resume(step)
 
+    def _saved(self, step: int) -> Saved:
+        begin = time.perf_counter()
+        made: list[tuple[Flat, str, Schema]] = []
+
+        def prepare() -> _Standing:
+            flat = flatten(TrainingState(**self._parts, step=step))
+            text, schema, needed_bytes = _described(flat)
+            made.append((flat, text, schema))
+            return self._standing(needed_bytes)
+
+        words = self._agreement.together(f"the snapshot of step {step}", prepare)
+        (flat, text, schema), complete = made[0], min(word.complete for word in words)
+        if self._former is not None and complete:
+            self._end_former()
+        reason, kept = self._late(words, complete)
+        if reason:
+            return self._noted(Saved(step, time.perf_counter() - begin, skipped=reason))
+        self._timetable.plan(step, *(_most(words, f"{kind}_seconds") for kind in ("blocking", "total", "step")))
+        if any(word.newest > complete for word in words):
+            self._agreement.together("discarding a snapshot", lambda: self._client.roll_back(complete))
+        needed_bytes = max(word.needed_bytes for word in words)
+        if needed_bytes > self._capacity_bytes:
+            self._reserve(needed_bytes)
+            kept = 0
+        sequence = max(word.newest for word in words) + 1
+        try:
+            writing = self._client.begin(sequence, step, schema, kept=kept)
+            if not isinstance(writing, Writing):
+                raise SnapshotRefused(
+                    "order", f"snapshot {sequence} cannot begin, though all were complete: {writing}."
+                )
+            flat.copy_into(writing.payload)
+            self._client.commit(sequence)
+        except SnapshotProcessUnavailable as error:
+            return self._noted(Saved(step, time.perf_counter() - begin, skipped=f"it was lost on the way: {error}"))
+        if self._disk and step % self._disk_interval == 0:
+            if any(word.writing_step is not None for word in words):
+                self._disk.skip()
+            else:
+                self._on_disk = sequence
+                self._disk.offer([Piece(text, writing.payload)])
+        return self._noted(Saved(step, time.perf_counter() - begin, flat.num_bytes))
+
+    def _standing(self, needed_bytes: int) -> _Standing:
+        trouble = ""
+        try:
+            own = self._own()
+        except SnapshotProcessUnavailable as lost:
+            try:
+                self._client.adopt()
+                own = self._own()
+                trouble = "a memory process was lost, and its memory is being checked"
+            except SnapshotProcessUnavailable as error:
+                return _Standing(needed_bytes, trouble=f"no memory process on node {self.place.node}: {lost} {error}")
+        slots = own.slots if own else ()
+        reading = self._disk.reading_seconds if self._disk else None
+        return _Standing(
+            needed_bytes=needed_bytes,
+            pending=any(State.FREE < slot.state < State.GLOBAL for slot in slots),
+            newest=max((slot.sequence for slot in slots), default=0),
+            complete=max((slot.sequence for slot in slots if slot.state is State.GLOBAL), default=0),
+            trouble=trouble,
+            writing_step=self._disk.status.writing if self._disk else None,
+            read=self._on_disk if reading is not None else 0,
+            read_late=reading is not None and reading > self._disk_patience_seconds,
+            blocking_seconds=own.blocking_seconds if own else None,
+            total_seconds=own.total_seconds if own else None,
+            step_seconds=self._timetable.step_seconds,
+        )
+
+    def _late(self, words: list[_Standing], complete: int) -> tuple[str, int]:
+        """Why no snapshot can be taken now; else the number of one to be kept. The same on all ranks."""
+        if troubles := [word.trouble for word in words if word.trouble]:
+            if self._capacity_bytes and all(word.newest for word in words):
+                self._members.meet()
+            return troubles[0], 0
+        if any(word.pending for word in words):
+            return "the snapshot before is not complete on all nodes", 0
+        kept = max(word.read for word in words)
+        if any(word.read_late for word in words) and self._disk:
+            self._disk.overtake()
+            kept = 0
+        if kept > complete:
+            return "the copy on disk is being written", 0
+        return "", kept
+
+    # ---- restoring ----
     def restore(self) -> Restored | None:
         """Put the newest snapshot that all ranks can have into the training; None where there is none, nor a copy.
 
         From memory, from other nodes' memory by the code, or else from disk. All ranks call it before the first step.
+        Memory for snapshots is reserved now.
 
         Raises UnrecoverableSnapshot: too much is lost, and there is no copy on disk; SnapshotMismatch, InvalidSnapshot:
-        it is not of this training.
+        it is not of this training; SnapshotMemoryUnavailable.
         """
-        ranks = self._agreement.gather(self._own())
-        capacity = max((rank.data_bytes for rank in ranks if rank), default=0)
+        found = self._agreement.together("looking for snapshots", self._found)
         copy = self._agreement.gather(newest_complete(self._directory) if self._directory else None)[0]
-        into = TrainingState(**self._parts)
-        lost: UnrecoverableSnapshot | None = None
-        if capacity:
-            self._reserve(capacity)
+        restored, lost = None, None
+        for layout in newest_first([each for own in found for each in own]):
             try:
-                sequence = self._recovered(str(copy or ""))
-                schema, payload = self._read(sequence)
-                return restore(schema.values, payload, into)
+                restored = self._restored(layout, found, str(copy or ""))
+                break
             except UnrecoverableSnapshot as error:
-                lost = error
-        if copy is not None:
-            if capacity:
-                self._client.roll_back(0)
-            return restore_from_disk(copy, into)
-        written = any(slot.state for rank in ranks if rank for slot in rank.slots)
-        if lost is not None and written:
+                lost = lost or error
+        into = TrainingState(**self._parts)
+        if restored is None and copy is not None:
+            if self._capacity_bytes:
+                self._agreement.together("discarding snapshots", lambda: self._client.roll_back(0))
+            restored = self._agreed("restoring from disk", lambda: restore_from_disk(copy, into))
+        if restored is None and lost is not None:
             raise lost
-        return None
+        self._reserve_before_training()
+        return restored
 
+    def _restored(self, layout: RankLayout, found: list[list[Found]], newest_on_disk: str) -> Restored:
+        capacity = max(each.data_bytes for own in found for each in own if each.layout == layout)
+        into = TrainingState(**self._parts)
+        if layout == self._layout:
+            self._reserve_exactly(capacity)
+            (piece,) = self._members.read(self._members.recovered(newest_on_disk))
+            return self._agreed("restoring", lambda: restore(piece.schema, piece.buffer, into))
+        place, clients = self.place, dict[Member, SnapshotClient]()
+        self._agreement.together(
+            "taking over a former layout's memory",
+            lambda: clients.update(taken_over(layout, found, place.rank, place.node, self._connected)),
+        )
+        self._former = Members(self._agreement, clients, layout.code, self._limits)
+        self._former.reserve(capacity)
+        pieces = gathered(self._agreement, self._former.read(self._former.recovered(newest_on_disk)))
+        return self._agreed("restoring", lambda: reshard(pieces, into))
+
+    def _agreed(self, doing: str, work: Callable[[], Restored]) -> Restored:
+        made: list[Restored] = []
+        self._agreement.together(doing, lambda: made.append(work()))
+        return made[0]
+
+    # ---- looking after them ----
     def status(self) -> SnapshotterStatus:
         """How snapshots stand on this node."""
         try:
@@ -216,7 +341,8 @@ class Snapshotter:
         except SnapshotProcessUnavailable:
             memory = None
         disk = self._disk.status if self._disk else None
-        return SnapshotterStatus(self._num_saved, self._num_skipped, self._last, memory, disk)
+        interval = self._timetable.interval
+        return SnapshotterStatus(self._num_saved, self._num_skipped, interval, self._last, memory, disk)
 
     def wait(self, timeout_seconds: float = 120.0) -> bool:
         """Wait until the last snapshot of this rank is GLOBAL; whether it is."""
@@ -228,7 +354,11 @@ class Snapshotter:
         """Let go of the memory, which stays with its process, and end what is written to disk."""
         if self._disk:
             self._disk.close()
-        self._client.close()
+        self._unlock()
+        self._unlock = lambda: None
+        if self._former:
+            self._former.close()
+        self._members.close()
 
     def __enter__(self) -> Self:
         return self
@@ -238,115 +368,62 @@ class Snapshotter:
     ) -> None:
         self.close()
 
-    # ---- agreement ----
-    def _next_generation(self, run: str, idle_seconds: float, listen: str) -> int:
-        """One more than any memory process has heard of; what is left of former starts is refused from then on."""
+    # ---- memory ----
+    def _started(self, run: str | None) -> int:
+        """The newest generation that a memory process of this node has heard of; what is older is refused soon."""
+        self.run = run_name(run)
+        if self._layout.code:
+            JobToken.from_environment()  # before training, not when coding begins
         place = self.place
         connection = start_or_connect(
-            run, place.node, None, place.local_size, idle_seconds=idle_seconds, listen=listen
+            self.run, self._layout.process(place.node), None, place.local_size, idle_seconds=self._idle_seconds,
+            listen=self._listen,
         )  # fmt: skip
-        known = connection.welcome.generation
         connection.close()
-        return max(self._agreement.gather(known)) + 1
+        return max(status.generation for _, status in processes_on(self.run, place.node))
 
-    def _standing(self, needed_bytes: int) -> _Standing:
-        rejoined = False
-        try:
-            own = self._own()
-        except SnapshotProcessUnavailable:
-            rejoined = True
-            if self._capacity_bytes:
-                self._client.adopt()
-            own = self._own()
-        slots = own.slots if own else ()
-        return _Standing(
-            needed_bytes=needed_bytes,
-            pending=any(State.FREE < slot.state < State.GLOBAL for slot in slots),
-            newest=max((slot.sequence for slot in slots), default=0),
-            complete=max((slot.sequence for slot in slots if slot.state is State.GLOBAL), default=0),
-            rejoined=rejoined,
-            disk_step=self._disk.status.writing if self._disk else None,
-        )
+    def _connected(self, process: str, local_rank: int, local_size: int) -> SnapshotClient:
+        return SnapshotClient(
+            self.run, local_rank, node=process, num_ranks=local_size, generation=self.generation,
+            idle_seconds=self._idle_seconds, listen=self._listen,
+        )  # fmt: skip
 
-    def _late(self, words: list[_Standing]) -> str:
-        """Why no snapshot can be taken now; the same on all ranks."""
-        if any(word.rejoined for word in words):
-            self._meet()
-            return "a memory process was lost and its memory is being checked"
-        if any(word.pending for word in words):
-            return "the snapshot before is not complete on all nodes"
-        if any(word.disk_step is not None for word in words):
-            return "the copy on disk is being written"
-        return ""
+    def _found(self) -> list[Found]:
+        """One rank of each node looks."""
+        return memory_on(self.run, self.place.node) if self.place.local_rank == 0 else []
 
-    def _read(self, sequence: int) -> tuple[Schema, memoryview]:
-        """Schema and bytes of this rank. Raises UnrecoverableSnapshot, on all ranks, where any has damaged ones."""
-        problem: UnrecoverableSnapshot | None = None
-        try:
-            found = self._client.read(sequence)
-        except UnrecoverableSnapshot as error:
-            problem = error
-        bad = [rank for rank, fine in enumerate(self._agreement.gather(problem is None)) if not fine]
-        if bad:
-            names = [f"rank {rank}'s bytes of snapshot {sequence}" for rank in bad]
-            raise problem or UnrecoverableSnapshot(names, "they were damaged since they were recovered")
-        return found
-
-    def _recovered(self, newest_on_disk: str) -> int:
-        """The snapshot that all ranks have now. Raises UnrecoverableSnapshot, on all."""
-        if self._code is None:
-            have = {
-                slot.sequence for slot in self._client.inspect() if slot.state >= State.LOCAL and not slot.damaged_data
-            }
-            common = set.intersection(*self._agreement.gather(have))
-            if not common:
-                raise UnrecoverableSnapshot(["some rank's bytes of each snapshot"], "one node alone has no parity")
-            self._client.roll_back(max(common))
-            return max(common)
-        attempt = 0
-        while True:
-            problem: UnrecoverableSnapshot | None = None
-            found = 0
-            try:
-                found = self._client.recover(range(self.place.num_nodes), newest_on_disk, attempt).sequence
-            except UnrecoverableSnapshot as error:
-                problem = error
-            words = self._agreement.gather((found, str(problem or "")))
-            if problem or not all(sequence for sequence, _ in words):
-                names = sorted({text for sequence, text in words if not sequence})
-                raise problem or UnrecoverableSnapshot(names, "other ranks' groups")
-            if len({sequence for sequence, _ in words}) == 1:
-                return found
-            self._client.roll_back(min(sequence for sequence, _ in words))
-            self._agreement.gather(None)
-            attempt += 1
-
-    # ---- memory ----
     def _own(self) -> RankStatus | None:
         ranks = self._client.status().ranks
         return next((rank for rank in ranks if rank.rank == self.place.local_rank), None)
 
-    def _reserve(self, data_bytes: int) -> None:
-        """Memory for two snapshots and parity, the same on all ranks; smaller memory is given up first."""
-        if self._capacity_bytes:
-            self._client.roll_back(0)
-            self._agreement.gather(None)
-        coding, parity_bytes = Coding(), 0
-        if self._code:
-            coding = Coding(self._code.name, self._code.n, self._code.m, self.place.node_index)
-            parity_bytes = Layout(self._code, data_bytes).parity_bytes
-        self._client.reserve(data_bytes, parity_bytes, coding)
-        self._capacity_bytes = data_bytes
-        self._meet()
+    def _reserve_before_training(self) -> None:
+        """So that too little memory is told of now, and the first snapshot does not wait for it."""
+        needed = self._agreement.together(
+            "preparing snapshots", lambda: _described(flatten(TrainingState(**self._parts)))[2]
+        )
+        if max(needed) > self._capacity_bytes:
+            self._reserve(max(needed))
 
-    def _meet(self) -> None:
-        """Tell all nodes of this rank's group where the others are."""
-        if self._code is None:
-            return
-        place = self.place
-        words = self._agreement.gather((place.local_rank, place.node_index, self._client.listen()))
-        self._client.meet({node: address for rank, node, address in words if rank == place.local_rank})
-        self._agreement.gather(None)
+    def _reserve(self, needed_bytes: int) -> None:
+        if self._capacity_bytes:
+            self._agreement.together("discarding snapshots", lambda: self._client.roll_back(0))
+        self._reserve_exactly(_with_reserve(needed_bytes))
+
+    def _reserve_exactly(self, data_bytes: int) -> None:
+        self._unlock()
+        self._members.reserve(data_bytes)
+        self._capacity_bytes = data_bytes
+        self._unlock = page_locked(self._client.memory)
+
+    def _end_former(self) -> None:
+        """All ranks have a snapshot of this layout."""
+        if self._former is not None:
+            self._former.close()
+            self._former = None
+        if self.place.local_rank == 0:
+            for layout, status in processes_on(self.run, self.place.node):
+                if layout != self._layout:
+                    self._connected(status.node, 0, layout.local_size).end()
 
     def _noted(self, saved: Saved) -> Saved:
         self._num_saved += not saved.skipped
@@ -355,6 +432,17 @@ class Snapshotter:
         return saved
 
 
+def _described(flat: Flat) -> tuple[str, Schema, int]:
+    """The state's schema as text, the snapshot's schema, and the bytes that both take with the tensors."""
+    text = dump_schema(flat.schema).decode()
+    schema = Schema((Tensor("state", "uint8", (flat.num_bytes,), 0, flat.num_bytes),), values=text)
+    return text, schema, payload_offset(len(schema_to_bytes(schema))) + flat.num_bytes
+
+
 def _with_reserve(num_bytes: int) -> int:
     """Schemas and extras grow a little."""
     return num_bytes + num_bytes // 16 + MIB
+
+
+def _most(words: list[_Standing], name: str) -> float | None:
+    return max((seconds for word in words if (seconds := getattr(word, name)) is not None), default=None)

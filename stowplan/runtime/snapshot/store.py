@@ -126,6 +126,7 @@ class Store:
             if (rank, header.snapshot) in self._completing:
                 return
             self._completing.add((rank, header.snapshot))
+            memory.times.written(sequence)
         self._submit(self._checkers, rank, self._complete, memory, header.snapshot)
 
     def abandon(self, rank: int, sequence: int) -> None:

@@ -11,7 +11,8 @@ import numpy as np
 from stowplan.core.errors import SnapshotPeerRefused
 from stowplan.runtime.snapshot.authentication import JobToken
 from stowplan.runtime.snapshot.codes import Layout, code_for, encode
-from stowplan.runtime.snapshot.exchange import Exchange, Limits, member_of
+from stowplan.runtime.snapshot.exchange import Exchange, member_of
+from stowplan.runtime.snapshot.limits import SnapshotLimits
 from stowplan.runtime.snapshot.node_store import Held, block_crcs, find
 from stowplan.runtime.snapshot.recovery import recover
 from stowplan.runtime.snapshot.slots import Snapshot, State
@@ -19,7 +20,7 @@ from stowplan.runtime.snapshot.slots import Snapshot, State
 TOKEN = JobToken(b"a token of this job, not of others")
 BLOCK_BYTES = 4096
 CODES = [("mirror", 1), ("raim5", 1), ("rs", 2)]
-QUICK = Limits(
+QUICK = SnapshotLimits(
     deadline_seconds=100, recovery_seconds=100, timeout_seconds=5, poll_seconds=0.003, most_backoff_seconds=0.05
 )
 

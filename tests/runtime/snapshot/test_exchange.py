@@ -10,7 +10,8 @@ import pytest
 from stowplan import InvalidArgument
 from stowplan.runtime.snapshot.authentication import JobToken
 from stowplan.runtime.snapshot.codes import code_for
-from stowplan.runtime.snapshot.exchange import Exchange, Limits, Verdict, member_of
+from stowplan.runtime.snapshot.exchange import Exchange, Verdict, member_of
+from stowplan.runtime.snapshot.limits import SnapshotLimits
 from stowplan.runtime.snapshot.node_store import Table, find
 from stowplan.runtime.snapshot.slots import State
 from tests.runtime.snapshot.nodes import CODES, QUICK, TOKEN, Group, MemoryStore, snapshot_id
@@ -368,11 +369,11 @@ def test_what_is_asked_of_the_caller():
 
     asyncio.run(body())
     with pytest.raises(InvalidArgument, match="timeout_seconds=0 "):
-        Limits(timeout_seconds=0)
+        SnapshotLimits(timeout_seconds=0)
     with pytest.raises(InvalidArgument, match="takes longer than a request may"):
         Exchange(
             member_of("run", "group", 0, code_for(3), 1000), code_for(3), MemoryStore(), TOKEN,
-            Limits(bytes_per_second=100),
+            SnapshotLimits(bytes_per_second=100),
         )  # fmt: skip
 
 

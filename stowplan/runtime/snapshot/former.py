@@ -1,0 +1,84 @@
+"""Snapshots of a job that ran with another layout: more or fewer nodes or ranks, or another code.
+
+The ranks that are there now take care of the memory of those that were. Memory of nodes that are gone is computed in
+stand-ins beside the memory of one that is left, and then all ranks read all of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from stowplan.runtime.snapshot.client import SnapshotClient
+from stowplan.runtime.snapshot.contents import Piece
+from stowplan.runtime.snapshot.layouts import Found, RankLayout
+from stowplan.runtime.snapshot.members import Member
+from stowplan.runtime.snapshot.place import Agreement
+from stowplan.runtime.snapshot.state import as_bytes
+
+__all__ = ["gathered", "newest_first", "taken_over"]
+
+
+def newest_first(found: Sequence[Found]) -> list[RankLayout]:
+    """Layouts of which there are snapshots; a restart's are newer than all of those before."""
+    newest: dict[RankLayout, tuple[int, int]] = {}
+    for each in found:
+        if each.newest is not None:
+            newest[each.layout] = max(each.newest, newest.get(each.layout, each.newest))
+    return sorted(newest, key=lambda layout: newest[layout], reverse=True)
+
+
+def taken_over(
+    layout: RankLayout,
+    found: Sequence[Sequence[Found]],
+    rank: int,
+    node: str,
+    connected: Callable[[str, int, int], SnapshotClient],
+) -> dict[Member, SnapshotClient]:
+    """Clients of those members of a former layout that this rank takes care of.
+
+    Args:
+        layout: the former one.
+        found: what each rank has found on its node, by rank.
+        rank, node: this one, and the name of its node.
+        connected: makes a client, of a memory process's name, a local rank, and how many local ranks there are.
+    """
+    hosts: dict[int, tuple[int, str]] = {}
+    for other, own in enumerate(found):
+        for each in own:
+            if each.layout == layout and (each.index not in hosts or each.newest is not None):
+                hosts[each.index] = other, each.process
+    stand_in = min(hosts.values())[0]
+    for index in range(layout.num_nodes):
+        hosts.setdefault(index, (stand_in, layout.process(node, index)))
+    return {
+        Member(index, local_rank): connected(process, local_rank, layout.local_size)
+        for index, (host, process) in sorted(hosts.items())
+        if host == rank
+        for local_rank in range(layout.local_size)
+    }
+
+
+def gathered(agreement: Agreement, pieces: Sequence[Piece]) -> list[Piece]:
+    """All ranks' pieces on every rank, which takes memory for all of them."""
+    heads = agreement.gather([(piece.schema, memoryview(piece.buffer).nbytes) for piece in pieces])
+
+    def room() -> list[list[torch.Tensor]]:
+        return [
+            [as_bytes(piece.buffer) for piece in pieces]
+            if rank == agreement.rank
+            else [torch.empty(num_bytes, dtype=torch.uint8) for _, num_bytes in head]
+            for rank, head in enumerate(heads)
+        ]
+
+    buffers: list[list[torch.Tensor]] = []
+    agreement.together("making room for all ranks' snapshots", lambda: buffers.extend(room()))
+    for rank, own in enumerate(buffers):
+        for buffer in own:
+            agreement.broadcast(buffer, rank)
+    return [
+        Piece(schema, buffer.numpy().data)
+        for head, own in zip(heads, buffers, strict=True)
+        for (schema, _), buffer in zip(head, own, strict=True)
+    ]

@@ -1,0 +1,101 @@
+"""Which memory processes of a run are on a node: of the layout of ranks that the job has now, and of former ones.
+
+Memory is of a layout: how many nodes, how many ranks on each, which code over them. A job that is started again with
+another one finds the memory of the former beside its own; it restores from there, and lets it go when its own holds a
+snapshot. So a memory process is named by its node and its layout: ``node-0.2x4-raim5-1``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from stowplan.core.errors import SnapshotProcessUnavailable
+from stowplan.runtime.snapshot import protocol
+from stowplan.runtime.snapshot.codes import NAMES, Code, code_for
+from stowplan.runtime.snapshot.connection import connect
+from stowplan.runtime.snapshot.messages import GetStatus, Status
+from stowplan.runtime.snapshot.slots import State
+
+__all__ = ["Found", "RankLayout", "memory_on", "processes_on"]
+
+_SUFFIX = re.compile(r"(\d+)x(\d+)(?:-([a-z0-9]+)-(\d+))?(?:\.\d+)?")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class RankLayout:
+    """``num_nodes`` nodes of ``local_size`` ranks each; ``code``: None for one node alone."""
+
+    num_nodes: int
+    local_size: int
+    code_name: str = ""
+    m: int = 0
+
+    @classmethod
+    def of(cls, num_nodes: int, local_size: int, code: Code | None) -> RankLayout:
+        return cls(num_nodes, local_size, code.name, code.m) if code else cls(num_nodes, local_size)
+
+    @classmethod
+    def parsed(cls, suffix: str) -> RankLayout | None:
+        """From the part of a memory process's name behind its node's; None where it is none."""
+        match = _SUFFIX.fullmatch(suffix)
+        if match is None or (match[3] or NAMES[0]) not in NAMES:
+            return None
+        return cls(int(match[1]), int(match[2]), match[3] or "", int(match[4] or 0))
+
+    @property
+    def code(self) -> Code | None:
+        name = next((name for name in NAMES if name == self.code_name), None)
+        return code_for(self.num_nodes, self.m, name) if name else None
+
+    def process(self, node: str, standing_in_for: int | None = None) -> str:
+        """The name of a node's memory process; or of one that is there in place of a lost node's."""
+        suffix = f"-{self.code_name}-{self.m}" if self.code_name else ""
+        stand_in = "" if standing_in_for is None else f".{standing_in_for}"
+        return f"{node}.{self.num_nodes}x{self.local_size}{suffix}{stand_in}"
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Memory of a node of a layout: ``index`` of the node in its group, ``data_bytes`` reserved for each rank's slot.
+
+    ``newest``: generation and number of the newest snapshot of which a rank has all data; None where there is none.
+    """
+
+    layout: RankLayout
+    process: str
+    index: int
+    data_bytes: int
+    newest: tuple[int, int] | None
+
+
+def processes_on(run: str, node: str, directory: Path | None = None) -> Iterator[tuple[RankLayout, Status]]:
+    """All memory processes of a run on a node of this host, whatever their layouts."""
+    directory = directory or protocol.socket_directory()
+    prefix = f"{run}@{node}."
+    for path in sorted(directory.glob("*.sock")):
+        layout = RankLayout.parsed(path.stem.removeprefix(prefix)) if path.stem.startswith(prefix) else None
+        if layout is None:
+            continue
+        try:
+            connection = connect(run, path.stem.rpartition("@")[2], directory=directory)
+        except SnapshotProcessUnavailable:  # it was killed, and its socket is left
+            continue
+        status, _ = connection.ask(GetStatus(), Status)
+        connection.close()
+        yield layout, status
+
+
+def memory_on(run: str, node: str, directory: Path | None = None) -> list[Found]:
+    """What is held there."""
+    found = []
+    for layout, status in processes_on(run, node, directory):
+        if not status.ranks:
+            continue
+        complete = [slot for rank in status.ranks for slot in rank.slots if slot.state >= State.LOCAL]
+        newest = max(((slot.generation, slot.sequence) for slot in complete), default=None)
+        data_bytes = max(rank.data_bytes for rank in status.ranks)
+        found.append(Found(layout, status.node, status.ranks[0].coding.index, data_bytes, newest))
+    return found
