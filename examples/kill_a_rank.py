@@ -90,7 +90,7 @@ def train(arguments: argparse.Namespace) -> None:
     fully_shard(model, mesh=mesh)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     torch.manual_seed(rank)  # of its data; the generator's state is in every snapshot
-    with stowplan.Snapshotter(model=model, optimizer=optimizer, idle_seconds=30) as snapshots:
+    with stowplan.Snapshotter(model=model, optimizer=optimizer) as snapshots:
         restored = snapshots.restore()
         if restored and rank == 0:
             print(f"  restored step {restored.step} from memory", flush=True)
@@ -110,6 +110,7 @@ def train(arguments: argparse.Namespace) -> None:
         parameters = {name: parameter.full_tensor() for name, parameter in model.named_parameters()}
         if rank == 0:
             torch.save(parameters, os.environ["RESULT"])
+        snapshots.end()  # the job is over: nobody needs the memory any more
     dist.destroy_process_group()
 
 

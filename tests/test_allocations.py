@@ -101,7 +101,7 @@ def test_requests_are_those_of_a_real_step_under_a_plan(name: str, share: float)
     trace = stowplan.allocations(plan)
     peak_bytes, requested = real_step(name, plan)
     assert sizes(trace) == Counter({size: times for size, times in Counter(requested).items() if size != LOOK})
-    assert trace.bound_bytes == pytest.approx(peak_bytes, rel=0.01)
+    assert trace.bound_bytes == pytest.approx(peak_bytes, rel=0.02)
 
 
 @pytest.mark.parametrize("name", MAKERS)

@@ -266,15 +266,16 @@ class RankFailed(StowplanError):
     """Something failed on other ranks, so this one does not go on either; they raise what it was.
 
     Attributes:
-        failures: what each rank said that failed, by rank.
+        doing: what all ranks were doing.
+        failures: what was raised, by rank; what is no StowplanError comes as one that names it.
     """
 
-    def __init__(self, doing: str, failures: Mapping[int, str]) -> None:
+    def __init__(self, doing: str, failures: Mapping[int, StowplanError]) -> None:
         self.doing, self.failures = doing, dict(failures)
         told = "; ".join(f"rank {rank}: {failure}" for rank, failure in sorted(self.failures.items()))
         super().__init__(f"{doing} failed on {len(self.failures)} other rank(s), so it is ended here, too. {told}")
 
-    def __reduce__(self) -> tuple[type[RankFailed], tuple[str, dict[int, str]]]:
+    def __reduce__(self) -> tuple[type[RankFailed], tuple[str, dict[int, StowplanError]]]:
         return type(self), (self.doing, self.failures)
 
 

@@ -41,23 +41,16 @@ def interval_steps(
     *,
     step_seconds: float,
     least_seconds: float = 0.0,
-    chosen: int | None = None,
 ) -> int | None:
     """The same in steps, rounded up, at least 1; None: never, as nothing fails (an infinite MTBF).
 
     Args:
         cost_seconds, mtbf_seconds, least_seconds: as for ``interval_seconds``.
         step_seconds: how long a step takes.
-        chosen: the user's own number of steps, which is taken as it is. When snapshots then take longer than that, the
-            one who takes them skips some.
 
     Raises:
-        InvalidArgument: as ``interval_seconds``; steps that take no time; a number of steps below 1.
+        InvalidArgument: as ``interval_seconds``; steps that take no time.
     """
-    if chosen is not None:
-        if type(chosen) is not int or chosen < 1:
-            raise InvalidArgument(f"a snapshot every {chosen!r} steps: give a whole number, 1 or more.")
-        return chosen
     if not (math.isfinite(step_seconds) and step_seconds > 0):
         raise InvalidArgument(f"step_seconds={step_seconds!r}: give the time of a step in seconds, more than 0.")
     seconds = interval_seconds(cost_seconds, mtbf_seconds, least_seconds=least_seconds)
@@ -67,6 +60,9 @@ def interval_steps(
 class Timetable:
     """When a snapshot is due: each time, every so many steps, or by Young's rule from what is measured.
 
+    ``interval`` is in steps; None: no more are taken. When snapshots take longer than that, those who take them skip
+    some.
+
     Raises InvalidArgument: an interval below 1, an MTBF that is not above 0, or both of them.
     """
 
@@ -75,7 +71,9 @@ class Timetable:
             raise InvalidArgument("interval= and mtbf_seconds= were both given: the second is to choose the first.")
         if mtbf_seconds is not None:
             interval_seconds(0.0, mtbf_seconds)
-        self.interval = interval_steps(0.0, 1.0, step_seconds=1.0, chosen=1 if interval is None else interval)
+        if interval is not None and (type(interval) is not int or interval < 1):
+            raise InvalidArgument(f"interval={interval!r}: give a whole number of steps, 1 or more.")
+        self.interval: int | None = interval or 1
         self._mtbf_seconds = mtbf_seconds
         self._next: int | None = 0
         self._resumed: tuple[int, float] | None = None

@@ -12,7 +12,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from stowplan.core.errors import InvalidArgument, RankFailed
+from stowplan.core.errors import InvalidArgument, RankFailed, StowplanError
 from stowplan.core.units import MIB
 
 __all__ = ["NODE_VARIABLE", "RUN_VARIABLE", "Agreement", "Place", "node_name", "run_name"]
@@ -71,7 +71,7 @@ class Agreement:
             made.append(work())
         except Exception as error:  # noqa: BLE001 - raised below: the others wait to hear of it
             failure = error
-        told = self.gather((made, None if failure is None else f"{type(failure).__name__}: {failure}"))
+        told = self.gather((made, _tellable(failure)))
         if failure is not None:
             raise failure
         failures = {rank: problem for rank, (_, problem) in enumerate(told) if problem is not None}
@@ -98,6 +98,12 @@ class Agreement:
             local_size=len(ranks[node]),
             one_host=len({host for _, host in names}) == 1,
         )
+
+
+def _tellable(failure: Exception | None) -> StowplanError | None:
+    if failure is None or isinstance(failure, StowplanError):
+        return failure
+    return StowplanError(f"{type(failure).__name__}: {failure}")
 
 
 def node_name(given: str | None) -> str:

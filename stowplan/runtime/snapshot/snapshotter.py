@@ -14,6 +14,7 @@ rank ends the call on all.
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import time
 from collections.abc import Callable, Mapping
@@ -24,6 +25,7 @@ from typing import Any, Self
 
 from stowplan.core.errors import (
     InvalidArgument,
+    RankFailed,
     SnapshotProcessUnavailable,
     SnapshotRefused,
     UnrecoverableSnapshot,
@@ -90,6 +92,7 @@ class _Standing:
     newest: int = 0
     complete: int = 0  # the newest that is GLOBAL
     trouble: str = ""  # with the memory process
+    reachable: bool = True
     writing_step: int | None = None  # to disk
     read: int = 0  # number of the snapshot that is being read for the disk
     read_late: bool = False
@@ -207,12 +210,28 @@ class Snapshotter:
             return self._standing(needed_bytes)
 
         words = self._agreement.together(f"the snapshot of step {step}", prepare)
-        (flat, text, schema), complete = made[0], min(word.complete for word in words)
+        try:
+            reason = self._taken(step, words, *made[0])
+        except (SnapshotProcessUnavailable, RankFailed) as error:
+            failures = error.failures.values() if isinstance(error, RankFailed) else [error]
+            if not all(isinstance(each, SnapshotProcessUnavailable) for each in failures):
+                raise
+            reason = f"a memory process was lost meanwhile: {error}"
+        num_bytes = 0 if reason else words[self.place.rank].needed_bytes
+        saved = Saved(step, time.perf_counter() - begin, num_bytes, reason)
+        self._num_saved += not reason
+        self._num_skipped += bool(reason)
+        self._last = saved
+        return saved
+
+    def _taken(self, step: int, words: list[_Standing], flat: Flat, text: str, schema: Schema) -> str:
+        """Take it, if it can be; why it was not."""
+        complete = min(word.complete for word in words)
         if self._former is not None and complete:
             self._end_former()
         reason, kept = self._late(words, complete)
         if reason:
-            return self._noted(Saved(step, time.perf_counter() - begin, skipped=reason))
+            return reason
         self._timetable.plan(step, *(_most(words, f"{kind}_seconds") for kind in ("blocking", "total", "step")))
         if any(word.newest > complete for word in words):
             self._agreement.together("discarding a snapshot", lambda: self._client.roll_back(complete))
@@ -221,23 +240,18 @@ class Snapshotter:
             self._reserve(needed_bytes)
             kept = 0
         sequence = max(word.newest for word in words) + 1
-        try:
-            writing = self._client.begin(sequence, step, schema, kept=kept)
-            if not isinstance(writing, Writing):
-                raise SnapshotRefused(
-                    "order", f"snapshot {sequence} cannot begin, though all were complete: {writing}."
-                )
-            flat.copy_into(writing.payload)
-            self._client.commit(sequence)
-        except SnapshotProcessUnavailable as error:
-            return self._noted(Saved(step, time.perf_counter() - begin, skipped=f"it was lost on the way: {error}"))
+        writing = self._client.begin(sequence, step, schema, kept=kept)
+        if not isinstance(writing, Writing):
+            raise SnapshotRefused("order", f"snapshot {sequence} cannot begin, though all were complete: {writing}.")
+        flat.copy_into(writing.payload)
+        self._client.commit(sequence)
         if self._disk and step % self._disk_interval == 0:
             if any(word.writing_step is not None for word in words):
                 self._disk.skip()
             else:
                 self._on_disk = sequence
                 self._disk.offer([Piece(text, writing.payload)])
-        return self._noted(Saved(step, time.perf_counter() - begin, flat.num_bytes))
+        return ""
 
     def _standing(self, needed_bytes: int) -> _Standing:
         trouble = ""
@@ -249,7 +263,8 @@ class Snapshotter:
                 own = self._own()
                 trouble = "a memory process was lost, and its memory is being checked"
             except SnapshotProcessUnavailable as error:
-                return _Standing(needed_bytes, trouble=f"no memory process on node {self.place.node}: {lost} {error}")
+                trouble = f"no memory process on node {self.place.node}: {lost} {error}"
+                return _Standing(needed_bytes, trouble=trouble, reachable=False)
         slots = own.slots if own else ()
         reading = self._disk.reading_seconds if self._disk else None
         return _Standing(
@@ -269,7 +284,7 @@ class Snapshotter:
     def _late(self, words: list[_Standing], complete: int) -> tuple[str, int]:
         """Why no snapshot can be taken now; else the number of one to be kept. The same on all ranks."""
         if troubles := [word.trouble for word in words if word.trouble]:
-            if self._capacity_bytes and all(word.newest for word in words):
+            if self._capacity_bytes and all(word.reachable for word in words):
                 self._members.meet()
             return troubles[0], 0
         if any(word.pending for word in words):
@@ -345,10 +360,27 @@ class Snapshotter:
         return SnapshotterStatus(self._num_saved, self._num_skipped, interval, self._last, memory, disk)
 
     def wait(self, timeout_seconds: float = 120.0) -> bool:
-        """Wait until the last snapshot of this rank is GLOBAL; whether it is."""
-        own = self._own()
-        newest = max((slot.sequence for slot in own.slots), default=0) if own else 0
-        return bool(newest) and self._client.wait(newest, State.GLOBAL, timeout_seconds) is State.GLOBAL
+        """Wait until the last snapshot of this rank is GLOBAL; whether it is. False, too, without a memory process."""
+        try:
+            own = self._own()
+            newest = max((slot.sequence for slot in own.slots), default=0) if own else 0
+            return bool(newest) and self._client.wait(newest, State.GLOBAL, timeout_seconds) is State.GLOBAL
+        except SnapshotProcessUnavailable:
+            return False
+
+    def end(self) -> None:
+        """The job is over: copies on disk are written to their end, then the memory of all nodes is given up.
+
+        All ranks call it. Without it the memory processes end when nobody was connected for ``idle_seconds``.
+        """
+        if self._disk:
+            self._disk.wait()
+        self._agreement.gather(None)  # all have what they wanted
+        if self.place.local_rank == 0:
+            for _, status in processes_on(self.run, self.place.node):
+                with contextlib.suppress(SnapshotProcessUnavailable):
+                    self._connected(status.node, 0, status.num_ranks).end()
+        self.close()
 
     def close(self) -> None:
         """Let go of the memory, which stays with its process, and end what is written to disk."""
@@ -423,13 +455,8 @@ class Snapshotter:
         if self.place.local_rank == 0:
             for layout, status in processes_on(self.run, self.place.node):
                 if layout != self._layout:
-                    self._connected(status.node, 0, layout.local_size).end()
-
-    def _noted(self, saved: Saved) -> Saved:
-        self._num_saved += not saved.skipped
-        self._num_skipped += bool(saved.skipped)
-        self._last = saved
-        return saved
+                    with contextlib.suppress(SnapshotProcessUnavailable):
+                        self._connected(status.node, 0, layout.local_size).end()
 
 
 def _described(flat: Flat) -> tuple[str, Schema, int]:

@@ -52,12 +52,12 @@ def main() -> None:
     parser.add_argument("--interval", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rank = int(os.environ["RANK"])
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     meeting = f"file://{options.directory}/rendezvous"
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=WORLD_SIZE)
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world_size)
     torch.manual_seed(0)
     model = llama(num_blocks=2)
-    mesh = init_device_mesh("cpu", (WORLD_SIZE,))
+    mesh = init_device_mesh("cpu", (world_size,))
     for block in model.model.layers:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -70,7 +70,7 @@ def main() -> None:
     ) as snapshots:  # fmt: skip
         restored = snapshots.restore()
         step = restored.step if restored else 0
-        say("RESTORED", step if restored else "nothing")
+        say("RESTORED", *((step, restored.exact) if restored else ["nothing"]))
         while step < options.steps:
             tokens = data.next()
             loss = model(tokens, labels=tokens).loss

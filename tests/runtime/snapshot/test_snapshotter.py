@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -13,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from stowplan.core.errors import SnapshotProcessUnavailable
-from stowplan.runtime.snapshot.connection import connect
+from stowplan.runtime.snapshot.layouts import RankLayout, processes_on
+from stowplan.runtime.snapshot.messages import Status
 from tests.runtime.snapshot.job import WORLD_SIZE
 
 pytestmark = pytest.mark.slow
@@ -39,7 +38,8 @@ class Job:
         for rank, node in enumerate(self.nodes):
             command = [sys.executable, "-m", "tests.runtime.snapshot.job", place, steps, *options]
             environment = {
-                **os.environ, "RANK": str(rank), "STOWPLAN_RUN": RUN, "STOWPLAN_NODE": node, "OMP_NUM_THREADS": "1",
+                **os.environ, "RANK": str(rank), "WORLD_SIZE": str(len(self.nodes)),
+                "STOWPLAN_RUN": RUN, "STOWPLAN_NODE": node, "OMP_NUM_THREADS": "1",
                 "XDG_RUNTIME_DIR": str(self.directory / "sockets"), "STOWPLAN_JOB_TOKEN": "a token for this test only",
             }  # fmt: skip
             whole = [str(part) for part in (*command, *(of_rank or {}).get(rank, ()))]
@@ -58,14 +58,20 @@ class Job:
 
     def close(self) -> None:
         """End memory processes."""
-        for node in set(self.nodes):
-            with contextlib.suppress(SnapshotProcessUnavailable, ProcessLookupError):
-                connection = connect(RUN, node, directory=self.directory / "sockets" / "stowplan")
-                os.kill(connection.welcome.pid, signal.SIGKILL)
-                connection.close()
+        for node in "abcd":
+            self.lose(node)
+
+    def lose(self, node: str) -> None:
+        """End a node's memory processes."""
+        for _, status in self.processes(node):
+            os.kill(status.pid, signal.SIGKILL)
+
+    def processes(self, node: str) -> list[tuple[RankLayout, Status]]:
+        """A node's memory processes."""
+        return list(processes_on(RUN, node, self.directory / "sockets" / "stowplan"))
 
     def _said(self, place: Path, kind: str) -> list[str]:
-        return [(place / f"{rank}.{kind}").read_text() for rank in range(WORLD_SIZE)]
+        return [(place / f"{rank}.{kind}").read_text() for rank in range(len(self.nodes))]
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +114,7 @@ def test_a_killed_rank_changes_nothing(jobs, uninterrupted, nodes):
     job = jobs(*nodes)
     said = job.run(of_rank={1: ("--kill-at", str(KILLED_IN))})
     assert all("RESTORED nothing" in each and f"STEP {KILLED_IN} saved" in each for each in said)
-    assert all(f"RESTORED {KILLED_IN}\n" in each for each in job.run())
+    assert all(f"RESTORED {KILLED_IN} True\n" in each for each in job.run())
     assert same(job.final, uninterrupted)
 
 
@@ -118,5 +124,23 @@ def test_a_lost_node_changes_nothing(jobs, uninterrupted, nodes):
     dying = [rank for rank, node in enumerate(nodes) if node == "b"]
     kill = ("--kill-at", str(KILLED_IN))
     job.run(of_rank={rank: (*kill, "--kill-node") if rank == dying[0] else kill for rank in dying})
-    assert all(f"RESTORED {KILLED_IN}\n" in each for each in job.run())
+    assert all(f"RESTORED {KILLED_IN} True\n" in each for each in job.run())
     assert same(job.final, uninterrupted)
+
+
+@pytest.mark.parametrize("nodes", ["aa", "abc", "aaaa"])
+def test_another_layout_goes_on_from_the_same_parameters(jobs, nodes):
+    """Fewer ranks on fewer nodes, of which one is gone; more nodes; the same ranks on one node."""
+    job = jobs(*"aabb")
+    job.run(steps=KILLED_IN)
+    before = torch.load(job.final)
+    if "b" not in nodes:
+        job.lose("b")
+    job.nodes = tuple(nodes)
+    said = job.run(steps=KILLED_IN)
+    assert all(f"RESTORED {KILLED_IN} {len(nodes) == WORLD_SIZE}\n" in each for each in said)
+    assert same(job.final, before)
+    job.run(steps=STEPS)
+    assert not same(job.final, before)
+    (ran,) = {layout for layout, _ in job.processes("a")}
+    assert ran.local_size == nodes.count("a"), "the former memory is let go when there is a new snapshot"

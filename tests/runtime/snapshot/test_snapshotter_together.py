@@ -5,49 +5,30 @@ from __future__ import annotations
 import os
 import signal
 import tempfile
-import threading
 from concurrent.futures import ThreadPoolExecutor
-from typing import ClassVar
 
 import pytest
 import torch
 
 from stowplan.runtime.snapshot import snapshotter as module
 from stowplan.runtime.snapshot.layout import Geometry
-from stowplan.runtime.snapshot.place import Agreement
 from stowplan.runtime.snapshot.snapshotter import Snapshotter
+from tests.runtime.snapshot.agreement import of_threads
 
-WORLD_SIZE, PATIENCE_SECONDS = 4, 100
-
-
-class Threads(Agreement):
-    """An agreement between threads of a process."""
-
-    barrier = threading.Barrier(WORLD_SIZE)
-    words: ClassVar[dict] = {}
-    ranks = threading.local()
-
-    def __init__(self):
-        self.rank, self.world_size = self.ranks.rank, WORLD_SIZE
-
-    def gather(self, word):
-        self.words[self.rank] = word
-        self.barrier.wait(PATIENCE_SECONDS)
-        found = [self.words[rank] for rank in range(WORLD_SIZE)]
-        self.barrier.wait(PATIENCE_SECONDS)
-        return found
+WORLD_SIZE = 4
 
 
 @pytest.fixture
 def together(monkeypatch):
     """Runs a function of a rank and its Snapshotter, over a model of one number, on all ranks; gives their results."""
-    monkeypatch.setattr(module, "Agreement", Threads)
+    threads = of_threads(WORLD_SIZE)
+    monkeypatch.setattr(module, "Agreement", threads)
     monkeypatch.setenv("STOWPLAN_JOB_TOKEN", "a token for this test only")
     pids = set()
 
     def run(function):
         def on_rank(rank):
-            Threads.ranks.rank = rank
+            threads.ranks.rank = rank
             model = torch.nn.Linear(1, 1)
             with Snapshotter(model=model, run="job-1", node=f"node-{rank // 2}", idle_seconds=60) as snapshots:
                 pids.add(snapshots.status().memory.pid)

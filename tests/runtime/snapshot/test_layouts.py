@@ -1,0 +1,51 @@
+"""Names of layouts and of memory processes, and which layout's memory is tried first."""
+
+from __future__ import annotations
+
+import pytest
+
+from stowplan.runtime.snapshot.codes import code_for
+from stowplan.runtime.snapshot.former import newest_first, taken_over
+from stowplan.runtime.snapshot.layouts import Found, RankLayout
+from stowplan.runtime.snapshot.members import Member
+
+ALONE, PAIR = RankLayout(1, 4), RankLayout.of(2, 2, code_for(2))
+TRIPLE = RankLayout.of(3, 1, code_for(3))
+
+
+@pytest.mark.parametrize("layout", [ALONE, PAIR, TRIPLE, RankLayout.of(5, 8, code_for(5, 2))])
+@pytest.mark.parametrize("stand_in", [None, 3])
+def test_a_process_is_named_by_node_and_layout(layout, stand_in):
+    name = layout.process("host-1.rack", stand_in)
+    assert RankLayout.parsed(name.removeprefix("host-1.rack.")) == layout
+    assert (layout.code is None) == (layout.num_nodes == 1)
+    assert layout.code is None or (layout.code.n, layout.code.name) == (layout.num_nodes, layout.code_name)
+
+
+@pytest.mark.parametrize("suffix", ["", "2", "x2", "2x2-nothing-1", "2x2-rs", "b.2x2", "2x2.0.0"])
+def test_other_names_are_none(suffix):
+    assert RankLayout.parsed(suffix) is None
+
+
+def test_the_newest_generation_comes_first_and_what_is_empty_not_at_all():
+    found = [
+        Found(PAIR, "a.2", 0, 10, (1, 9)),
+        Found(PAIR, "b.2", 1, 10, None),
+        Found(TRIPLE, "a.3", 0, 10, (2, 1)),
+        Found(ALONE, "a.1", 0, 10, None),
+    ]
+    assert newest_first(found) == [TRIPLE, PAIR]
+
+
+def test_memory_of_all_nodes_is_taken_care_of_once():
+    found = [
+        [Found(TRIPLE, "a", 2, 10, (1, 1)), Found(PAIR, "x", 0, 10, (1, 1))],
+        [],
+        [Found(TRIPLE, "c", 0, 10, None)],
+    ]
+    taken = [taken_over(TRIPLE, found, rank, "n", lambda *names: names) for rank in range(3)]
+    assert taken == [
+        {Member(1, 0): ("n.3x1-raim5-1.1", 0, 1), Member(2, 0): ("a", 0, 1)},
+        {},
+        {Member(0, 0): ("c", 0, 1)},
+    ]
