@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         NoLogits,
         PlanMismatch,
         PlanRejected,
+        RankFailed,
         ReplayMismatch,
         SnapshotMemoryUnavailable,
         SnapshotMismatch,
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from stowplan.core.program import Action
     from stowplan.core.schedule import Schedule
     from stowplan.runtime.pipeline.pipeline import Pipeline
+    from stowplan.runtime.snapshot.limits import SnapshotLimits
     from stowplan.runtime.snapshot.snapshotter import Snapshotter
     from stowplan.session import (
         PipelinePlan,
@@ -96,6 +98,8 @@ __all__ = [
     "SnapshotMemoryUnavailable",
     "SnapshotProcessUnavailable",
     "SnapshotRefused",
+    "RankFailed",
+    "SnapshotLimits",
     "Snapshotter",
     "SnapshotPeerRefused",
     "SnapshotPeerUnavailable",
@@ -126,6 +130,7 @@ _HOMES = {
     "stowplan.core.program": ("Action",),
     "stowplan.core.schedule": ("Schedule",),
     "stowplan.runtime.pipeline.pipeline": ("Pipeline",),
+    "stowplan.runtime.snapshot.limits": ("SnapshotLimits",),
     "stowplan.runtime.snapshot.snapshotter": ("Snapshotter",),
     "stowplan.session": (
         "PipelinePlan",

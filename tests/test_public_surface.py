@@ -47,6 +47,8 @@ NAMES = [
     "SnapshotMemoryUnavailable",
     "SnapshotProcessUnavailable",
     "SnapshotRefused",
+    "RankFailed",
+    "SnapshotLimits",
     "Snapshotter",
     "SnapshotPeerRefused",
     "SnapshotPeerUnavailable",

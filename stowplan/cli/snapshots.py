@@ -78,12 +78,26 @@ def _lines(status: Status) -> list[str]:
     from stowplan.core.units import format_bytes
 
     lines = [f"run {status.run}, node {status.node}: process {status.pid}, generation {status.generation}"]
+    steps = {slot.step for rank in status.ranks for slot in rank.slots if slot.sequence == status.global_sequence}
+    last = f"step {min(steps)} (snapshot {status.global_sequence})" if status.global_sequence else "none yet"
+    lines.append(f"  last that all ranks have: {last}; {_stands(status)}")
     for rank in status.ranks:
         writer = f"written by process {rank.writer_pid}" if rank.writer_pid else "no writer"
-        lines.append(f"  rank {rank.rank}: 2 slots of {format_bytes(rank.data_bytes)}, {writer}")
+        parity = f" and {format_bytes(rank.parity_bytes)} of parity" if rank.parity_bytes else ""
+        lines.append(f"  rank {rank.rank}: 2 slots of {format_bytes(rank.data_bytes)}{parity}, {writer}")
+        if rank.blocking_seconds is not None and rank.total_seconds is not None:
+            seconds = f"stopped training for {rank.blocking_seconds:.3f} s, took {rank.total_seconds:.3f} s in all"
+            lines.append(f"    the last one {seconds}")
         lines += [
             f"    snapshot {slot.sequence}, step {slot.step}: {slot.state.name}, {format_bytes(slot.data_bytes)}"
             for slot in sorted(rank.slots, key=lambda slot: -slot.sequence)
             if slot.state
         ]
     return [*lines, *(f"  reduced: {problem}" for problem in status.reduced)]
+
+
+def _stands(status: Status) -> str:
+    coding = status.ranks[0].coding if status.ranks else None
+    if coding is None or coding.n == 1:
+        return "all trainers may be lost, not the node"
+    return f"all trainers may be lost, and any {coding.m} of {coding.n} nodes ({coding.code})"

@@ -20,6 +20,7 @@ StowplanError
 ├── NoGradients (also a RuntimeError)       a cross entropy in chunks goes backward once, without second derivatives
 ├── PlanRejected                            our own simulator contradicts the plan: a bug of ours
 ├── ReplayMismatch (also a RuntimeError)    a recomputed value cannot be what the forward pass had
+├── RankFailed                              something failed on other ranks; has what each of them raised
 ├── UnrecoverableSnapshot                   more of a snapshot is lost than its code stands; names what
 ├── SnapshotMemoryUnavailable (also a MemoryError) the host has not the memory that snapshots take, or not the kind
 ├── SnapshotProcessUnavailable (also a ConnectionError) the memory process cannot be started or reached, or is gone

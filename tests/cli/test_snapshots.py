@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from pathlib import Path
 
 import pytest
 
 from stowplan.runtime.snapshot.client import SnapshotClient
+from stowplan.runtime.snapshot.layout import Coding
 from stowplan.runtime.snapshot.schema import Schema, Tensor
 from stowplan.runtime.snapshot.slots import State
 from tests.cli.commands import run
@@ -42,8 +44,17 @@ def test_what_is_held_is_told(client, directory):
     assert said.stdout.startswith("run llama-7, node a: process ")
     assert f"written by process {os.getpid()}" in said.stdout
     assert "snapshot 1, step 10: GLOBAL" in said.stdout
+    assert "last that all ranks have: step 10 (snapshot 1); all trainers may be lost, not the node" in said.stdout
+    assert re.search(r"the last one stopped training for 0\.\d+ s, took 0\.\d+ s in all", said.stdout)
     assert "reduced" not in said.stdout
     (status,) = json.loads(run("snapshots", "status", "--directory", directory, "--json").stdout)
     assert (status["run"], status["global_sequence"]) == ("llama-7", 1)
     other = run("snapshots", "status", "--directory", directory, "--run", "another", "--json")
     assert json.loads(other.stdout) == []
+
+
+def test_what_a_code_stands_is_told(client, directory):
+    client.reserve(4096, 4096, Coding("rs", 5, 2, 1))
+    said = run("snapshots", "status", "--directory", directory).stdout
+    assert "last that all ranks have: none yet; all trainers may be lost, and any 2 of 5 nodes (rs)" in said
+    assert "2 slots of 4.00 KiB and 4.00 KiB of parity" in said
