@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from stowplan.core.program import Action
     from stowplan.core.schedule import Schedule
     from stowplan.runtime.pipeline.pipeline import Pipeline
+    from stowplan.runtime.snapshot.reservation import SnapshotMemory
     from stowplan.runtime.snapshot.snapshotter import Snapshotter
     from stowplan.session import (
         PipelinePlan,
@@ -93,6 +94,7 @@ __all__ = [
     "Prediction",
     "ReplayMismatch",
     "Schedule",
+    "SnapshotMemory",
     "SnapshotMemoryUnavailable",
     "SnapshotProcessUnavailable",
     "SnapshotRefused",
@@ -126,6 +128,7 @@ _HOMES = {
     "stowplan.core.program": ("Action",),
     "stowplan.core.schedule": ("Schedule",),
     "stowplan.runtime.pipeline.pipeline": ("Pipeline",),
+    "stowplan.runtime.snapshot.reservation": ("SnapshotMemory",),
     "stowplan.runtime.snapshot.snapshotter": ("Snapshotter",),
     "stowplan.session": (
         "PipelinePlan",

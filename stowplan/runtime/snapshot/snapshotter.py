@@ -27,21 +27,21 @@ from stowplan.core.errors import (
     SnapshotRefused,
     UnrecoverableSnapshot,
 )
-from stowplan.core.units import MIB
 from stowplan.runtime.snapshot.authentication import JobToken
 from stowplan.runtime.snapshot.client import SnapshotClient, Writing
-from stowplan.runtime.snapshot.codes import Code, Layout, Name, code_for
+from stowplan.runtime.snapshot.codes import Code, Name, code_for
 from stowplan.runtime.snapshot.connection import start_or_connect
 from stowplan.runtime.snapshot.contents import Piece
 from stowplan.runtime.snapshot.disk import newest_complete
 from stowplan.runtime.snapshot.disk_restore import restore_from_disk
 from stowplan.runtime.snapshot.disk_tier import DiskStatus, DiskTier
-from stowplan.runtime.snapshot.layout import Coding, payload_offset
 from stowplan.runtime.snapshot.messages import RankStatus, Status
 from stowplan.runtime.snapshot.place import Agreement, node_name, run_name
 from stowplan.runtime.snapshot.process import IDLE_SECONDS, LOOPBACK
+from stowplan.runtime.snapshot.reservation import Reservation, with_reserve
 from stowplan.runtime.snapshot.restore import Restored, restore
-from stowplan.runtime.snapshot.schema import Schema, Tensor, schema_to_bytes
+from stowplan.runtime.snapshot.schema import Schema
+from stowplan.runtime.snapshot.sizes import needed_bytes, slot_schema
 from stowplan.runtime.snapshot.slots import State
 from stowplan.runtime.snapshot.state import TrainingState, flatten
 from stowplan.runtime.snapshot.state_schema import dump_schema
@@ -158,8 +158,8 @@ class Snapshotter:
         begin = time.perf_counter()
         flat = flatten(TrainingState(**self._parts, step=step))
         text = dump_schema(flat.schema).decode()
-        schema = Schema((Tensor("state", "uint8", (flat.num_bytes,), 0, flat.num_bytes),), values=text)
-        needed = payload_offset(len(schema_to_bytes(schema))) + flat.num_bytes
+        schema = slot_schema(text, flat.num_bytes)
+        needed = needed_bytes(schema)
         words = self._agreement.gather(self._standing(needed))
         if reason := self._late(words):
             return self._noted(Saved(step, time.perf_counter() - begin, skipped=reason))
@@ -168,7 +168,7 @@ class Snapshotter:
             self._client.roll_back(complete)
             self._agreement.gather(None)  # before anybody begins
         if max(word.needed_bytes for word in words) > self._capacity_bytes:
-            self._reserve(_with_reserve(max(word.needed_bytes for word in words)))
+            self._reserve(with_reserve(max(word.needed_bytes for word in words)))
         sequence = max(word.newest for word in words) + 1
         writing = self._client.begin(sequence, step, schema)
         if not isinstance(writing, Writing):
@@ -331,11 +331,8 @@ class Snapshotter:
         if self._capacity_bytes:
             self._client.roll_back(0)
             self._agreement.gather(None)
-        coding, parity_bytes = Coding(), 0
-        if self._code:
-            coding = Coding(self._code.name, self._code.n, self._code.m, self.place.node_index)
-            parity_bytes = Layout(self._code, data_bytes).parity_bytes
-        self._client.reserve(data_bytes, parity_bytes, coding)
+        reservation = Reservation.of(data_bytes, self._code, self.place.node_index)
+        self._client.reserve(data_bytes, reservation.parity_bytes, reservation.coding)
         self._capacity_bytes = data_bytes
         self._meet()
 
@@ -353,8 +350,3 @@ class Snapshotter:
         self._num_skipped += bool(saved.skipped)
         self._last = saved
         return saved
-
-
-def _with_reserve(num_bytes: int) -> int:
-    """Schemas and extras grow a little."""
-    return num_bytes + num_bytes // 16 + MIB
