@@ -3,8 +3,8 @@
     python -m benchmarks.snapshots                  # some minutes
     python -m benchmarks.snapshots --quick
 
-Two trainings: a plain Llama in one process, and one sharded by FSDP2 over processes on two "nodes" of this machine, whose
-memory processes keep copies of each other's snapshots. Contenders take turns, round by round, in the same processes:
+Two trainings: a plain Llama in one process, and one sharded by FSDP2 over processes on two "nodes" of this machine,
+whose memory processes keep copies of each other's snapshots. Contenders take turns, by rounds, in the same processes:
 
     stowplan        Snapshotter.save; whole when it is GLOBAL, coded on the other node
     dcp thread      torch.distributed.checkpoint.async_save with cached staging, written by a thread
