@@ -52,14 +52,14 @@ class Setting:
     sleeps: tuple[float, float, float] = (0.020, 0.026, 0.016)
 
 
-def on_ranks(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """``function(*args)`` in ``size`` processes of one gloo group; gives their results."""
+def on_ranks(size: int, function: Callable[..., Any], *args: Any, daemon: bool = True) -> list[Any]:
+    """``function(*args)`` in ``size`` processes of one gloo group; gives their results. Daemons start no processes."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.pipeline_ranks", "transformers.models.llama.modeling_llama"])
     answers = context.SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
         given = (size, str(Path(folder) / "store"), answers, function, args)
-        processes = [context.Process(target=_serve, args=(rank, *given), daemon=True) for rank in range(size)]
+        processes = [context.Process(target=_serve, args=(rank, *given), daemon=daemon) for rank in range(size)]
         for process in processes:
             process.start()
         found: dict[int, Any] = {}

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from stowplan.core.schedule import Schedule
     from stowplan.runtime.pipeline.pipeline import Pipeline
     from stowplan.runtime.snapshot.limits import SnapshotLimits
+    from stowplan.runtime.snapshot.reservation import SnapshotMemory
     from stowplan.runtime.snapshot.snapshotter import Snapshotter
     from stowplan.session import (
         PipelinePlan,
@@ -95,6 +96,7 @@ __all__ = [
     "Prediction",
     "ReplayMismatch",
     "Schedule",
+    "SnapshotMemory",
     "SnapshotMemoryUnavailable",
     "SnapshotProcessUnavailable",
     "SnapshotRefused",
@@ -131,6 +133,7 @@ _HOMES = {
     "stowplan.core.schedule": ("Schedule",),
     "stowplan.runtime.pipeline.pipeline": ("Pipeline",),
     "stowplan.runtime.snapshot.limits": ("SnapshotLimits",),
+    "stowplan.runtime.snapshot.reservation": ("SnapshotMemory",),
     "stowplan.runtime.snapshot.snapshotter": ("Snapshotter",),
     "stowplan.session": (
         "PipelinePlan",

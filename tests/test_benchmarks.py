@@ -40,3 +40,17 @@ def test_pipelines_in_their_quick_form(
         assert {row["contender"] for row in rows if row["what"] == what} == set(program.NAMES)
     assert all(size > 0 for row in rows if row["what"] == "peak" for size in row["bytes"])
     assert "÷ torch ZBV" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_snapshots_in_their_quick_form(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    program = importlib.import_module("benchmarks.snapshots")
+    monkeypatch.setattr(sys, "argv", ["snapshots", "--quick", "--output", str(tmp_path / "snapshots.json")])
+    program.main()
+    rows = json.loads((tmp_path / "snapshots.json").read_text())["rows"]
+    for case in program.QUICK:
+        assert {row["contender"] for row in rows if row["case"] == case.name} == set(program.CONTENDERS)
+    assert all(row["whole_seconds"] >= row["blocked_seconds"] > 0 for row in rows)
+    assert (tmp_path / "snapshots.md").read_text().strip() in capfd.readouterr().out

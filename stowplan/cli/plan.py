@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -17,6 +17,8 @@ from stowplan.jobs import OptimizerName, Precision, job_from_config, job_from_fu
 if TYPE_CHECKING:
     from stowplan.core.hardware import Hardware
     from stowplan.jobs import Job
+    from stowplan.runtime.snapshot.codes import Name
+    from stowplan.runtime.snapshot.reservation import SnapshotMemory
 
 __all__ = ["EXAMPLES", "plan_command"]
 
@@ -57,8 +59,15 @@ def plan_command(
         str, typer.Option(metavar="SIZE|auto", help="Bytes on the device for this process, such as 60GiB.")
     ] = "auto",
     host_budget: Annotated[
-        str, typer.Option(metavar="SIZE|auto", help="Bytes on the host for swapped values.")
+        str, typer.Option(metavar="SIZE|auto", help="Bytes on the host for swapped values, and for snapshots.")
     ] = "auto",
+    snapshots: Annotated[
+        int | None, typer.Option(min=1, metavar="NODES", help="Snapshots are taken on so many nodes: leave them room.")
+    ] = None,
+    snapshot_m: Annotated[int, typer.Option(min=1, help="How many nodes may be lost, with --snapshots.")] = 1,
+    snapshot_code: Annotated[
+        str | None, typer.Option(metavar="NAME", help="mirror, raim5 or rs, with --snapshots.  [default: by m]")
+    ] = None,
     hardware: Annotated[
         str | None, typer.Option(metavar="NAME", help="A known machine, which need not be here: h100-sxm, ...")
     ] = None,
@@ -99,6 +108,7 @@ def plan_command(
             raise InvalidArgument("--tolerance goes with --inexact.")
         device_bytes, host_bytes = _size(budget, "--budget"), _size(host_budget, "--host-budget")
         machine = _hardware(hardware)
+        memory = _snapshots(snapshots, snapshot_m, snapshot_code)
         say("making the model")
         from stowplan import session
 
@@ -120,6 +130,7 @@ def plan_command(
                 solver=solver,
                 time_limit_seconds=time_limit,
                 allocations=allocations is not None,
+                snapshots=memory,
                 on_progress=say,
             )
         if allocations is not None:
@@ -160,6 +171,16 @@ def _size(text: str, name: str) -> int | str:
     from stowplan.core.units import parse_bytes
 
     return text if text == "auto" else parse_bytes(text, name)
+
+
+def _snapshots(num_nodes: int | None, m: int, code: str | None) -> SnapshotMemory | None:
+    from stowplan.runtime.snapshot.reservation import SnapshotMemory
+
+    if num_nodes is None:
+        if m != 1 or code is not None:
+            raise InvalidArgument("--snapshot-m and --snapshot-code go with --snapshots NODES.")
+        return None
+    return SnapshotMemory(num_nodes=num_nodes, m=m, code=cast("Name | None", code))
 
 
 def _hardware(name: str | None) -> Hardware | None:

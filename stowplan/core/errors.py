@@ -89,6 +89,9 @@ class InfeasibleBudget(StowplanError):
         least_bytes: the smallest device budget for which a plan exists, the host budget unchanged.
         host_budget_bytes: the host budget that was in force.
         advice: where the least plan has its peak, and what would bring that down.
+        snapshot_bytes: what snapshots take of the host budget.
+        least_host_bytes: with snapshots the smallest host budget that a plan was found for, the device budget
+            unchanged; None: none would do, or nobody looked.
     """
 
     def __init__(
@@ -97,6 +100,8 @@ class InfeasibleBudget(StowplanError):
         least_bytes: int,
         host_budget_bytes: int | None = None,
         advice: str = "Raise budget= to that, shorten the batch, or raise host_budget=.",
+        snapshot_bytes: int = 0,
+        least_host_bytes: int | None = None,
     ) -> None:
         from stowplan.core.units import format_bytes
 
@@ -104,14 +109,29 @@ class InfeasibleBudget(StowplanError):
         self.least_bytes = least_bytes
         self.host_budget_bytes = host_budget_bytes
         self.advice = advice
-        host = "" if host_budget_bytes is None else f" (host budget {format_bytes(host_budget_bytes)})"
+        self.snapshot_bytes = snapshot_bytes
+        self.least_host_bytes = least_host_bytes
+        host = ""
+        if host_budget_bytes is not None:
+            taken = f", of which snapshots take {format_bytes(snapshot_bytes)}" if snapshot_bytes else ""
+            host = f" (host budget {format_bytes(host_budget_bytes)}{taken})"
+        remedy = ""
+        if least_host_bytes is not None:
+            remedy = f"The least host budget is {format_bytes(least_host_bytes)} ({least_host_bytes} bytes). "
+        if snapshot_bytes > (host_budget_bytes or 0):
+            super().__init__(
+                f"snapshots take {format_bytes(snapshot_bytes)} ({snapshot_bytes} bytes) of the host, and the host "
+                f"budget is {format_bytes(host_budget_bytes or 0)} ({host_budget_bytes} bytes). {remedy}{advice}"
+            )
+            return
         super().__init__(
             f"no plan fits a budget of {format_bytes(budget_bytes)} ({budget_bytes} bytes){host}; "
-            f"the least feasible budget is {format_bytes(least_bytes)} ({least_bytes} bytes). {advice}"
+            f"the least feasible budget is {format_bytes(least_bytes)} ({least_bytes} bytes). {remedy}{advice}"
         )
 
-    def __reduce__(self) -> tuple[type[InfeasibleBudget], tuple[int, int, int | None, str]]:
-        return type(self), (self.budget_bytes, self.least_bytes, self.host_budget_bytes, self.advice)
+    def __reduce__(self) -> tuple[type[InfeasibleBudget], tuple[object, ...]]:
+        given = (self.budget_bytes, self.least_bytes, self.host_budget_bytes, self.advice)
+        return type(self), (*given, self.snapshot_bytes, self.least_host_bytes)
 
 
 class InfeasibleSchedule(StowplanError):

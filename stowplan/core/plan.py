@@ -26,6 +26,7 @@ __all__ = [
     "MomentBytes",
     "Plan",
     "Prediction",
+    "SnapshotBytes",
     "Solution",
     "tolerance_fault",
     "with_fragmentation",
@@ -98,6 +99,15 @@ class Solution:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SnapshotBytes:
+    """What snapshots take of the host for one rank: ``total_bytes``, two of ``data_bytes`` and parity, and tables."""
+
+    data_bytes: int
+    parity_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
     """What real steps did: per step, seconds and highest live bytes on the device; swapped and recomputed bytes."""
 
@@ -114,7 +124,8 @@ class Plan:
 
     Attributes:
         model: name of the model's class; ``blocks`` are named in ``step.block_names``.
-        budget_bytes: device bytes this process may use; ``host_budget_bytes`` likewise on the host.
+        budget_bytes: device bytes this process may use; ``host_budget_bytes`` likewise on the host, for swapped values
+            and for ``snapshots``.
         decisions: per block, an action or a split by rows for each saved value in the order of its program's ``saved``.
         prediction: time and bytes of one step under this plan; ``unplanned`` the same with everything kept.
         exact: losses and gradients are those of the plain run, bit for bit. If not, rows that are recomputed alone may
@@ -126,6 +137,7 @@ class Plan:
         arena_bytes: the highest address of the step, static bytes below it; None: no addresses were planned.
         fragmentation: without planned addresses, what the allocator is allowed to lose between buffers, as a share of
             the peak's bytes that do not live all step.
+        snapshots: what they take of the host budget; None: none are taken.
     """
 
     model: str
@@ -149,6 +161,17 @@ class Plan:
     head: Head | None = None
     arena_bytes: int | None = None
     fragmentation: float = 0.0
+    snapshots: SnapshotBytes | None = None
+
+    @property
+    def snapshot_bytes(self) -> int:
+        """What snapshots take of the host budget."""
+        return self.snapshots.total_bytes if self.snapshots else 0
+
+    @property
+    def swap_budget_bytes(self) -> int:
+        """What is left of the host budget for swapped values."""
+        return self.host_budget_bytes - self.snapshot_bytes
 
     @property
     def needed_bytes(self) -> int:
@@ -251,6 +274,7 @@ def _check_ranges(plan: Plan) -> None:
         ("prediction.host_bytes", plan.prediction.host_bytes),
         ("least_budget_bytes", plan.least_budget_bytes),
         ("arena_bytes", plan.arena_bytes or 0),
+        ("snapshots.total_bytes", plan.snapshot_bytes),
         ("fragmentation", plan.fragmentation),
     ):
         if number < 0:

@@ -25,6 +25,7 @@ __all__ = [
     "inner_model",
     "is_sharded",
     "keeps_gradients",
+    "like_distributed",
     "local_part",
     "num_processes",
     "refuse_fsdp1",
@@ -69,6 +70,15 @@ def local_part(tensor: Any) -> Any:
     if distributed is not None and isinstance(tensor, distributed.DTensor):
         return tensor._local_tensor
     return tensor
+
+
+def like_distributed(part: torch.Tensor, whole: Any) -> Any:
+    """``part`` as this process's part of a distributed tensor like ``whole``."""
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        part, whole.device_mesh, whole.placements, run_check=False, shape=whole.shape, stride=whole.stride()
+    )
 
 
 def num_processes() -> int:

@@ -44,7 +44,7 @@ class _Page:
 
     @property
     def spare_host_bytes(self) -> int:
-        return self.plan.host_budget_bytes - self.plan.prediction.host_bytes
+        return self.plan.swap_budget_bytes - self.plan.prediction.host_bytes
 
     @property
     def fits(self) -> bool:
@@ -83,7 +83,13 @@ def render(plan: Plan, width: int = 100, addresses: Addresses | None = None) -> 
 
 
 def _verdict(page: _Page) -> list[str]:
-    sentences = [_verdict_sentence(page), _price_sentence(page), _peak_sentence(page), _head_sentence(page)]
+    sentences = [
+        _verdict_sentence(page),
+        _price_sentence(page),
+        _peak_sentence(page),
+        _snapshot_sentence(page),
+        _head_sentence(page),
+    ]
     if page.plan.measurement is not None:
         sentences.append(_measured_sentence(page, page.plan.measurement))
     return [line for sentence in sentences if sentence for line in wrap(sentence, page.width)]
@@ -140,7 +146,7 @@ def _price_sentence(page: _Page) -> str:
         f"{size.text(plan.prediction.swapped_bytes)} and recomputes {size.text(plan.prediction.recomputed_bytes)} "
         f"a step ({price}; {seconds.text(plan.prediction.recompute_seconds)} recomputing, "
         f"{seconds.text(plan.prediction.stall_seconds)} copying or waiting for copies). "
-        f"Host memory: {size.text(plan.prediction.host_bytes)} of {format_bytes(plan.host_budget_bytes)}."
+        f"Host memory: {size.text(plan.prediction.host_bytes)} of {format_bytes(plan.swap_budget_bytes)}."
     )
 
 
@@ -155,6 +161,18 @@ def _peak_sentence(page: _Page) -> str:
     elif more:
         beside = f" live; {page.bytes.text(more)} for fragmentation ({plan.fragmentation:.0%} of what moves) on top"
     return f"Peak{when} in {cut(prediction.peak_moment, 200)}: {page.bytes.text(prediction.peak_bytes)}{beside}."
+
+
+def _snapshot_sentence(page: _Page) -> str:
+    snapshots = page.plan.snapshots
+    if snapshots is None:
+        return ""
+    parity = f" and {format_bytes(snapshots.parity_bytes)} of parity" if snapshots.parity_bytes else ""
+    return (
+        f"Snapshots: {format_bytes(snapshots.total_bytes)} of the host budget of "
+        f"{format_bytes(page.plan.host_budget_bytes)}, for two of {format_bytes(snapshots.data_bytes)}{parity} each; "
+        f"{format_bytes(page.plan.swap_budget_bytes)} are left for swapped values."
+    )
 
 
 def _measured_sentence(page: _Page, measurement: Measurement) -> str:

@@ -28,7 +28,8 @@ from stowplan.offload.dry.datasheet import Datasheet
 from stowplan.offload.dry.mode import Costs
 from stowplan.offload.dry.probes import Probes
 from stowplan.offload.dry.run import DryRun, building
-from stowplan.session.making import Batch, LossFunction, Options, budgets_here, device_of, make_plan
+from stowplan.session.making import Batch, Budgets, LossFunction, Options, budgets_here, device_of, make_plan
+from stowplan.session.snapshots import of_one_rank, snapshot_size
 
 __all__ = ["dry", "plan_dry"]
 
@@ -65,8 +66,8 @@ def dry(hardware: Hardware | str | None = None) -> Iterator[None]:
         yield
 
 
-def _budgets_there(options: Options, machine: Hardware) -> tuple[int, int]:
-    """Device and host budget in bytes; ``"auto"`` takes them from the description of a machine that is not here."""
+def _budgets_there(options: Options, model: torch.nn.Module, machine: Hardware) -> Budgets:
+    """Those of ``model``; ``"auto"`` takes them from the description of a machine that is not here."""
     sizes = (("budget", options.budget, machine.device_bytes), ("host_budget", options.host_budget, machine.host_bytes))
     for name, asked, there in sizes:
         if asked == "auto" and there <= RESERVE_BYTES:
@@ -76,7 +77,10 @@ def _budgets_there(options: Options, machine: Hardware) -> tuple[int, int]:
     of_device, of_host = (
         there - RESERVE_BYTES if asked == "auto" else parse_bytes(asked, name) for name, asked, there in sizes
     )
-    return of_device, of_host
+    size = snapshot_size(options.snapshots, model, options.optimizer, torch.device(machine.device_type))
+    if options.host_budget == "auto":
+        of_host = of_one_rank(of_host, options.snapshots, size)
+    return Budgets(of_device, of_host, size)
 
 
 def plan_dry(
@@ -91,7 +95,7 @@ def plan_dry(
         machine = measure_hardware(device)
         costs: Costs = Probes(device, machine)
         run = DryRun(model, batch, device, costs, real_device=device, allocations=options.allocations)
-        budgets = budgets_here(options, device)
+        budgets = budgets_here(options, model, device)
     else:
         device = torch.device(machine.device_type)
         target = target_of(machine.name) if device.type == "cuda" else None
@@ -99,7 +103,7 @@ def plan_dry(
         if target is not None:
             costs.guesses |= dict.fromkeys(assumptions(target))
         run = DryRun(model, batch, device, costs, target=target, allocations=options.allocations)
-        budgets = _budgets_there(options, machine)
+        budgets = _budgets_there(options, model, machine)
     try:
         with run:
             calls = Batch(model, run.batch, loss_fn)

@@ -12,7 +12,7 @@ import torch
 
 from stowplan.core.errors import InvalidArgument, UnsupportedModel
 from stowplan.core.hardware import Hardware
-from stowplan.core.plan import Plan, tolerance_fault
+from stowplan.core.plan import Plan, SnapshotBytes, tolerance_fault
 from stowplan.core.units import format_bytes, parse_bytes
 from stowplan.offload.blocks import Blocks, find_blocks
 from stowplan.offload.calibrate import RESERVE_BYTES, device_budget_bytes, host_budget_bytes
@@ -20,8 +20,10 @@ from stowplan.offload.capture.instruments import Instruments, RealInstruments
 from stowplan.offload.capture.step import capture
 from stowplan.offload.parallel import bucket_bytes, class_name, keeps_gradients
 from stowplan.offload.tape.proof import DEFAULT_TOLERANCES, Tolerance
+from stowplan.runtime.snapshot.reservation import SnapshotMemory
 from stowplan.session.batches import describe
 from stowplan.session.heads import plan_head
+from stowplan.session.snapshots import NO_OPTIMIZER, counting_snapshots, free_for_snapshots, of_one_rank, snapshot_size
 from stowplan.session.solving import Solver
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "FRAGMENTATION",
     "RESERVED",
     "Batch",
+    "Budgets",
     "LossFunction",
     "Options",
     "Size",
@@ -70,6 +73,7 @@ class Options(NamedTuple):
     tolerance: float | None = None
     bucket_bytes: int = 0
     allocations: bool = False
+    snapshots: SnapshotMemory | None = None
 
     def around(self, model: torch.nn.Module) -> Options:
         """The options for the model inside ``model``, with what the outer one takes by itself."""
@@ -88,22 +92,30 @@ class Options(NamedTuple):
         return None if self.exact else Tolerance(self.tolerance)
 
 
+class Budgets(NamedTuple):
+    """Bytes of the device, and of the host for swapped values and for ``snapshots``, if any are taken."""
+
+    device_bytes: int
+    host_bytes: int
+    snapshots: SnapshotBytes | None = None
+
+
 def make_plan(
     model: torch.nn.Module,
     forward: Callable[[], Any],
     loss_of: Callable[[Any], torch.Tensor],
     batch: Any,
     machine: Hardware,
-    budgets: tuple[int, int],
+    budgets: Budgets,
     options: Options,
     instruments: Instruments | None = None,
 ) -> Plan:
     """``plan`` for callers that run the forward pass and find the loss themselves.
 
-    ``budgets`` are those of device and host, in bytes. Without ``instruments`` the model's device is measured.
+    Without ``instruments`` the model's device is measured.
     """
     device = device_of(model)
-    device_bytes, host_bytes = budgets
+    device_bytes, host_bytes, snapshots = budgets
     blocks = find_blocks(model, options.blocks)
     captured = capture(
         model,
@@ -124,14 +136,15 @@ def make_plan(
     solver = Solver(
         machine,
         device_bytes,
-        host_bytes,
+        host_bytes - (snapshots.total_bytes if snapshots else 0),
         options.solver,
         options.time_limit_seconds,
         options.on_progress,
         fragmentation,
     )
     dry = instruments is not None and instruments.dry
-    chosen = plan_head(model, blocks, captured, solver, options.chunked_head, dry=dry)
+    with counting_snapshots(solver, captured.step, snapshots):
+        chosen = plan_head(model, blocks, captured, solver, options.chunked_head, dry=dry)
     answer = chosen.answer
     rounding = _rounding(options.rounding) if options.rounding is not None else ()
     memory = _memory_assumptions(chosen.step.outside is not None, fragmentation)
@@ -141,6 +154,8 @@ def make_plan(
             f"DistributedDataParallel holds {format_bytes(options.bucket_bytes)} of buckets for gradients all the time"
         )
         reserve = (*reserve, buckets)
+    if snapshots is not None and options.optimizer is None:
+        reserve = (*reserve, NO_OPTIMIZER)
     return Plan(
         model=class_name(model),
         batch=describe(batch),
@@ -169,14 +184,18 @@ def make_plan(
         head=chosen.head,
         arena_bytes=None if chosen.step.outside is None else solver.arena_bytes(chosen.step, answer.decisions),
         fragmentation=fragmentation,
+        snapshots=snapshots,
     )
 
 
-def budgets_here(options: Options, device: torch.device) -> tuple[int, int]:
-    """Device and host budget in bytes; ``"auto"`` asks ``device`` and the host."""
+def budgets_here(options: Options, model: torch.nn.Module, device: torch.device) -> Budgets:
+    """Those of ``model`` on ``device``; ``"auto"`` asks the device and the host."""
     of_device = device_budget_bytes(device) if options.budget == "auto" else parse_bytes(options.budget, "budget")
-    of_host = host_budget_bytes() if options.host_budget == "auto" else parse_bytes(options.host_budget, "host_budget")
-    return of_device, of_host
+    size = snapshot_size(options.snapshots, model, options.optimizer, device)
+    if options.host_budget != "auto":
+        return Budgets(of_device, parse_bytes(options.host_budget, "host_budget"), size)
+    free = host_budget_bytes() + free_for_snapshots(options.snapshots)
+    return Budgets(of_device, of_one_rank(free, options.snapshots, size), size)
 
 
 def _memory_assumptions(addresses: bool, fragmentation: float) -> tuple[str, ...]:

@@ -30,9 +30,12 @@ from stowplan.reports.pipeline import PipelineReport
 from stowplan.runtime.pipeline.pipeline import Pipeline
 from stowplan.runtime.pipeline.reporting import report_of
 from stowplan.runtime.pipeline.stage_costs import Subject, probe
+from stowplan.runtime.snapshot.memory import mapped_bytes
+from stowplan.runtime.snapshot.reservation import SnapshotMemory
 from stowplan.session.applying import AppliedPlan
 from stowplan.session.making import Size
 from stowplan.session.planning import plan, replan
+from stowplan.session.snapshots import snapshot_size
 
 __all__ = ["AppliedPipelinePlan", "PipelinePlan", "plan_pipeline"]
 
@@ -56,6 +59,7 @@ class PipelinePlan:
         in_flight: the most microbatches that each of them holds at once.
         trials: what was tried.
         kept: of each stage, the bytes that a microbatch leaves on each level of its menu.
+        snapshot_bytes: what snapshots take of each process's host budget.
     """
 
     budget_bytes: int
@@ -66,6 +70,7 @@ class PipelinePlan:
     in_flight: dict[int, int]
     trials: tuple[Trial, ...]
     kept: tuple[tuple[int, ...], ...]
+    snapshot_bytes: int = 0
 
     @property
     def schedule(self) -> Schedule:
@@ -87,6 +92,8 @@ class PipelinePlan:
         for trial in self.trials:
             lines.append(f"  {trial.levels[0]} {trial.levels[1]}: {self._told(trial)}")
         lines += ["", *wrap(self._why(), _WIDTH), ""]
+        if self.snapshot_bytes:
+            lines.append(f"Snapshots take {format_bytes(self.snapshot_bytes)} of the host for each device.")
         return self.report.render() + "\n" + "\n".join(lines)
 
     def _told(self, trial: Trial) -> str:
@@ -121,6 +128,7 @@ def plan_pipeline(
     time_limit_seconds: float = 5.0,
     exact: bool = True,
     tolerance: float | None = None,
+    snapshots: SnapshotMemory | None = None,
     on_progress: Callable[[str], None] | None = None,
 ) -> PipelinePlan:
     """Choose a schedule and the stages' activation plans for the least step time within ``budget`` on every device.
@@ -130,10 +138,11 @@ def plan_pipeline(
 
     Args:
         budget: device bytes of this process; the least of all devices counts. ``"auto"``: what is free, less 1 GiB.
-        host_budget: host bytes of this process for swapped values. ``"auto"``: its share of four fifths of what is
-            available, if all devices of the pipeline are on this machine.
+        host_budget: host bytes of this process for swapped values and ``snapshots``. ``"auto"``: its share of four
+            fifths of what is available, if all devices of the pipeline are on this machine.
         optimizer: of this process; its states count, what its step takes beside does not (activations are gone).
         solver, time_limit_seconds, exact, tolerance: as in ``stowplan.plan``, for each stage.
+        snapshots: as in ``stowplan.plan``, of this process's stages; what the largest one's take is left to them.
         on_progress: called with a line of text as the work goes on.
 
     Raises:
@@ -146,11 +155,18 @@ def plan_pipeline(
     own = device_budget_bytes(pipeline.device) if budget == "auto" else parse_bytes(budget, "budget")
     host = host_budget_bytes() // link.size if host_budget == "auto" else parse_bytes(host_budget, "host_budget")
     limit_bytes = min(link.gathered(own))
+    size = snapshot_size(snapshots, pipeline, optimizer, pipeline.device)
+    taken = max(link.gathered(size.total_bytes if size else 0))
+    if size is not None and host_budget == "auto":
+        host += mapped_bytes()
+    if min(link.gathered(host - taken)) < 0:
+        advice = "Raise host_budget= to that, use more devices, or take no snapshots."
+        raise InfeasibleBudget(limit_bytes, limit_bytes, min(link.gathered(host)), advice, taken, taken)
     most_in_flight = min(pipeline.num_microbatches, 2 * pipeline.size)
     options = {"solver": solver, "time_limit_seconds": time_limit_seconds, "exact": exact, "tolerance": tolerance}
     subjects = pipeline.subjects(batch)
     menus: dict[int, list[Plan | None]] = {}
-    host_each = max(1, host // (len(subjects) * most_in_flight))  # each stage, each microbatch in flight
+    host_each = max(1, (host - taken) // (len(subjects) * most_in_flight))  # each stage, each microbatch in flight
     for number, subject in subjects.items():
         say(f"planning stage {number} of {pipeline.schedule.num_stages}")
         menus[number] = [None, *link.together(partial(_plans, subject, host_each, options))]
@@ -182,6 +198,7 @@ def plan_pipeline(
             host,
             "That takes one microbatch at a time. Raise budget= to that, make microbatches smaller, or use more "
             "devices.",
+            taken,
         )
     assert choice is not None
     return PipelinePlan(
@@ -193,6 +210,7 @@ def plan_pipeline(
         in_flight={number: _in_flight(choice.schedule, number) for number in menus},
         trials=choice.trials,
         kept=tuple(tuple(cost.forward_bytes for cost in column) for column in columns),
+        snapshot_bytes=taken,
     )
 
 

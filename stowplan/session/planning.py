@@ -16,9 +16,11 @@ from stowplan.offload.blocks import Blocks
 from stowplan.offload.calibrate import measure_hardware
 from stowplan.offload.dry.run import is_fake
 from stowplan.offload.parallel import inner_model
+from stowplan.runtime.snapshot.reservation import SnapshotMemory
 from stowplan.session.dry import plan_dry
 from stowplan.session.heads import replan_head
 from stowplan.session.making import RESERVED, Batch, LossFunction, Options, Size, budgets_here, device_of, make_plan
+from stowplan.session.snapshots import counting_snapshots
 from stowplan.session.solving import Solver
 
 if TYPE_CHECKING:
@@ -48,6 +50,7 @@ def plan(
     exact: bool = True,
     tolerance: float | None = None,
     allocations: bool = False,
+    snapshots: SnapshotMemory | None = None,
     on_progress: Callable[[str], None] | None = None,
 ) -> Plan: ...
 
@@ -64,6 +67,7 @@ def plan(
     time_limit_seconds: float = 5.0,
     exact: bool = True,
     tolerance: float | None = None,
+    snapshots: SnapshotMemory | None = None,
     on_progress: Callable[[str], None] | None = None,
 ) -> PipelinePlan: ...
 
@@ -87,6 +91,7 @@ def plan(
     exact: bool = True,
     tolerance: float | None = None,
     allocations: bool = False,
+    snapshots: SnapshotMemory | None = None,
     on_progress: Callable[[str], None] | None = None,
 ) -> Plan | PipelinePlan:
     """Decide what each block of ``model`` keeps, swaps and recomputes, for the least step time within the budgets.
@@ -102,7 +107,7 @@ def plan(
     Args:
         batch: what the model is called with: a dict (keyword arguments), a tuple or list (positional), or one tensor.
         budget: device bytes this process may use, as an int or ``"60GiB"``; ``"auto"``: what is free, less 1 GiB.
-        host_budget: host bytes for swapped values; ``"auto"``: four fifths of what is available.
+        host_budget: host bytes for swapped values, and for ``snapshots``; ``"auto"``: four fifths of what is available.
         optimizer: its states and its step count towards the budget.
         loss_fn: ``loss_fn(output, batch)`` gives the loss; default: the output's ``loss``, or a scalar output.
         hardware: a description or a preset's name, of a machine that need not be there; default: measured here.
@@ -124,11 +129,13 @@ def plan(
             bfloat16 and float16. With ``exact=False`` only.
         allocations: capture every request of memory, too: then the budget is held by addresses, not by live bytes
             alone, and ``stowplan.allocations`` tells the step's buffers (docs/allocations.md).
+        snapshots: a ``Snapshotter`` will take snapshots, and how: what they take of the host is left to them. Counted
+            are the model and, if it is given, ``optimizer`` (docs/snapshots.md).
         on_progress: called with a line of text as the work goes on.
 
     Raises:
-        InfeasibleBudget: names the least feasible budget.
-        InvalidArgument: a size, batch, hardware or solver that cannot be used.
+        InfeasibleBudget: names the least feasible budget, and with snapshots the least host budget.
+        InvalidArgument: a size, batch, hardware or solver that cannot be used, or a state that snapshots cannot hold.
         UnsupportedModel: the model cannot be captured as it is; says what to change.
     """
     if not isinstance(model, torch.nn.Module):
@@ -138,7 +145,8 @@ def plan(
         if any(others):
             raise InvalidArgument(
                 "a pipeline is planned as it is built and where it is: allowed beside the batch are budget=, "
-                "host_budget=, optimizer=, solver=, time_limit_seconds=, exact=, tolerance= and on_progress=."
+                "host_budget=, optimizer=, solver=, time_limit_seconds=, exact=, tolerance=, snapshots= and "
+                "on_progress=."
             )
         return plan_pipeline(
             model,
@@ -150,6 +158,7 @@ def plan(
             time_limit_seconds=time_limit_seconds,
             exact=exact,
             tolerance=tolerance,
+            snapshots=snapshots,
             on_progress=on_progress,
         )
     say = on_progress if on_progress is not None else lambda message: None
@@ -170,6 +179,7 @@ def plan(
         exact,
         tolerance,
         allocations=allocations,
+        snapshots=snapshots,
     ).around(model)
     _ = options.rounding  # a mistake is told before anything runs
     model = inner_model(model)
@@ -183,7 +193,7 @@ def plan(
     run = Batch(model, batch, loss_fn)
     say("measuring the machine")
     machine = machine or measure_hardware(device)
-    return make_plan(model, run.forward, run.loss_of, batch, machine, budgets_here(options, device), options)
+    return make_plan(model, run.forward, run.loss_of, batch, machine, budgets_here(options, model, device), options)
 
 
 def replan(
@@ -197,13 +207,15 @@ def replan(
 ) -> Plan:
     """Decide anew for other budgets, from what ``plan`` captured: no model, no batch, no device is needed.
 
-    ``host_budget`` defaults to the plan's own. Raises as ``plan`` does.
+    ``host_budget`` defaults to the plan's own; what snapshots take of it stays. Raises as ``plan`` does.
     """
     device_bytes = parse_bytes(budget, "budget")
     host_bytes = plan.host_budget_bytes if host_budget is None else parse_bytes(host_budget, "host_budget")
+    left_bytes = host_bytes - plan.snapshot_bytes
     tell = on_progress if on_progress is not None else lambda message: None
-    solve = Solver(plan.hardware, device_bytes, host_bytes, solver, time_limit_seconds, tell, plan.fragmentation)
-    chosen = replan_head(plan, solve)
+    solve = Solver(plan.hardware, device_bytes, left_bytes, solver, time_limit_seconds, tell, plan.fragmentation)
+    with counting_snapshots(solve, plan.step, plan.snapshots):
+        chosen = replan_head(plan, solve)
     answer = chosen.answer
     return replace(
         plan,

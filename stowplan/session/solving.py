@@ -18,6 +18,8 @@ __all__ = ["Solver"]
 
 # For packing each plan that is weighed: step traces take a fraction of it.
 _PACKING_SECONDS = 3.0
+_HALVINGS = 10  # so that what is found is within a thousandth of what swapping freely takes
+_ANY_BYTES = 1 << 60
 
 
 class Solver(NamedTuple):
@@ -106,6 +108,28 @@ class Solver(NamedTuple):
                 self.device_bytes, needed(error.least_bytes), error.host_budget_bytes, error.advice
             ) from None
         return replace(answer, least_budget_bytes=needed(answer.least_budget_bytes))
+
+    def least_host_bytes(self, step: StepProgram) -> int | None:
+        """The least host budget for which a plan was found, the device budget unchanged; None: none would do."""
+        quick = self._replace(time_limit_seconds=self.time_limit_seconds / _HALVINGS, tell=lambda message: None)
+
+        def swapped(host_bytes: int) -> int | None:
+            try:
+                return quick._replace(host_bytes=host_bytes)(step).prediction.host_bytes
+            except InfeasibleBudget:
+                return None
+
+        enough, too_little = swapped(_ANY_BYTES), -1
+        for _ in range(_HALVINGS):
+            if enough is None or enough - too_little <= 1:
+                break
+            half = (enough + too_little) // 2
+            found = swapped(half)
+            if found is None:
+                too_little = half
+            else:
+                enough = found
+        return enough
 
     def unplanned(self, step: StepProgram) -> Prediction:
         """The step with everything kept."""

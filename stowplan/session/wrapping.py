@@ -20,6 +20,7 @@ from stowplan.offload.calibrate import measure_hardware
 from stowplan.offload.intercept import Forward, Interception
 from stowplan.offload.parallel import inner_model, is_sharded
 from stowplan.offload.tape.checks import Verify
+from stowplan.runtime.snapshot.reservation import SnapshotMemory
 from stowplan.session.applying import AppliedPlan, applied
 from stowplan.session.batches import exceeds, shapes_of_call
 from stowplan.session.making import (
@@ -56,6 +57,7 @@ def wrap(
     chunked_head: bool | None = None,
     exact: bool = True,
     tolerance: float | None = None,
+    snapshots: SnapshotMemory | None = None,
     verify: str = "sample",
     strict: bool = False,
 ) -> Model:
@@ -93,6 +95,7 @@ def wrap(
         chunked_head=chunked_head,
         exact=exact,
         tolerance=tolerance,
+        snapshots=snapshots,
     )
     _ = options.rounding  # a mistake is told at once
     wrapper = _Wrapper(inner, loss_fn, options.around(model), verify, strict)
@@ -232,7 +235,7 @@ class _Wrapper:
             return torch.stack([tensor.sum() for tensor in differentiable]).sum()
 
         device = device_of(model)
-        budgets, machine = budgets_here(self.options, device), measure_hardware(device)
+        budgets, machine = budgets_here(self.options, model, device), measure_hardware(device)
         run_forward = partial(forward, *args, **kwargs)
         made = make_plan(model, run_forward, loss_of, batch, machine, budgets, self.options)
         for said in outside:

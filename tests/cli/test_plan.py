@@ -68,6 +68,8 @@ def job_file(tmp_path: Path) -> Path:
         (["--model", "a:b", "--budget", "0.5"], "--budget='0.5' has a fraction but no unit"),
         (["--model", "a:b", "--host-budget", "lots"], "--host-budget='lots' is not a size"),
         (["--model", "a:b", "--tolerance", "1e-5"], "--tolerance goes with --inexact."),
+        (["--model", "a:b", "--snapshot-m", "2"], "go with --snapshots NODES"),
+        (["--model", "a:b", "--snapshots", "2", "--snapshot-m", "2"], "rs takes 3 or more"),
         (["--model", "a:b", "--hardware", "tpu"], "hardware='tpu' is not known; allowed: a100-sxm"),
         (["--model", "a:b", "--out", "/nowhere/plan.json"], "give a file in a directory that exists"),
         (["--model", "nothing"], "'nothing' is no function; allowed: module:function or path/to/file.py:function"),
@@ -134,6 +136,16 @@ def test_a_plan_need_not_be_exact(job_file: Path) -> None:
     assert result.exit_code == 0, result.output
     plan = Plan.from_json(result.stdout)
     assert (plan.exact, plan.tolerance) == (False, 1e-4)
+
+
+def test_snapshots_are_counted(job_file: Path) -> None:
+    planned = ("plan", "--model", f"{job_file}:job", "--budget", "1GiB", "--json")
+    result = run(*planned, "--host-budget", "1GiB", "--snapshots", "4", "--snapshot-m", "2", "--snapshot-code", "rs")
+    assert result.exit_code == 0
+    snapshots = Plan.from_json(result.stdout).snapshots
+    assert snapshots is not None
+    assert 0 < snapshots.data_bytes <= snapshots.parity_bytes < snapshots.data_bytes + 1024
+    assert run(*planned, "--host-budget", "1MiB", "--snapshots", "4").exit_code == 3
 
 
 def test_an_infeasible_budget_names_the_least(job_file: Path) -> None:

@@ -27,10 +27,10 @@ from stowplan.offload.dry.known import Known
 from stowplan.offload.dry.mode import DryLog, DryMode
 from stowplan.offload.dry.run import DryRun
 from stowplan.offload.memory_log import MemoryLog
-from stowplan.offload.parallel import local_part
+from stowplan.offload.parallel import like_distributed, local_part
 from stowplan.offload.storages import storage_bytes
 
-__all__ = ["OptimizerCost", "optimizer_cost", "state_bytes"]
+__all__ = ["OptimizerCost", "optimizer_cost", "state_bytes", "steady_states"]
 
 _MAX_STAND_IN_ELEMENTS = 4_000_000
 
@@ -64,10 +64,7 @@ def optimizer_cost(optimizer: torch.optim.Optimizer | None, instruments: Instrum
     """
     if optimizer is None:
         return OptimizerCost(0, 0, 0.0)
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise InvalidArgument(f"optimizer={type(optimizer).__name__} is not a torch.optim.Optimizer.")
-    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-        optimizer = inner  # a wrapper around the one that steps
+    optimizer = _inner(optimizer)
     if not any(p.requires_grad for group in optimizer.param_groups for p in group["params"]):
         return OptimizerCost(state_bytes(optimizer), 0, 0.0)
     try:
@@ -75,14 +72,58 @@ def optimizer_cost(optimizer: torch.optim.Optimizer | None, instruments: Instrum
         if instruments.dry and dry is not None:
             return dry
         sample = _partial_step(optimizer)
-    except TypeError as error:  # step() that needs a closure, a constructor of its own
-        raise InvalidArgument(
-            f"optimizer={type(optimizer).__name__} cannot be stepped by itself ({error}); leave optimizer= out and "
-            f"lower the budget by what its states take."
-        ) from error
+    except TypeError as error:
+        raise _cannot_step(optimizer, error) from error
     if dry is None:
         return sample
     return dry._replace(seconds=sample.seconds)
+
+
+def steady_states(optimizer: torch.optim.Optimizer, device: torch.device) -> dict[torch.Tensor, dict[str, Any]]:
+    """The states that each parameter will have, with fake tensors; those of its shape are sharded as it is.
+
+    Nothing of the real optimizer changes. Raises InvalidArgument as ``optimizer_cost`` does.
+    """
+    optimizer = _inner(optimizer)
+    with FakeTensorMode(), DryMode():
+        twin = _twin(optimizer, partial(_empty, device))
+        if twin.param_groups:
+            try:
+                _take_step(twin)
+            except TypeError as error:
+                raise _cannot_step(optimizer, error) from error
+    stepping = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    stand_ins = [p for group in twin.param_groups for p in group["params"]]
+    return {
+        parameter: {name: _sharded_as(parameter, value) for name, value in twin.state[stand_in].items()}
+        for parameter, stand_in in zip(stepping, stand_ins, strict=True)
+        if stand_in in twin.state
+    }
+
+
+def _cannot_step(optimizer: torch.optim.Optimizer, error: TypeError) -> InvalidArgument:
+    """For a ``step()`` that needs a closure, or a constructor of its own."""
+    return InvalidArgument(
+        f"optimizer={type(optimizer).__name__} cannot be stepped by itself ({error}); leave optimizer= out and lower "
+        f"the budget by what its states take."
+    )
+
+
+def _sharded_as(parameter: torch.Tensor, value: Any) -> Any:
+    """A state of this process's part of a parameter as one of the parameter."""
+    local = local_part(parameter)
+    if local is parameter or not isinstance(value, torch.Tensor) or value.shape != local.shape:
+        return value
+    return like_distributed(value, parameter)
+
+
+def _inner(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The one that steps, of a wrapper around it. Raises InvalidArgument for something else."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise InvalidArgument(f"optimizer={type(optimizer).__name__} is not a torch.optim.Optimizer.")
+    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = inner
+    return optimizer
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:

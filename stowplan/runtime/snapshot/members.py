@@ -15,11 +15,11 @@ from typing import TypeVar
 
 from stowplan.core.errors import UnrecoverableSnapshot
 from stowplan.runtime.snapshot.client import SnapshotClient
-from stowplan.runtime.snapshot.codes import Code, Layout
+from stowplan.runtime.snapshot.codes import Code
 from stowplan.runtime.snapshot.contents import Piece
-from stowplan.runtime.snapshot.layout import Coding
 from stowplan.runtime.snapshot.limits import SnapshotLimits
 from stowplan.runtime.snapshot.place import Agreement
+from stowplan.runtime.snapshot.reservation import Reservation
 from stowplan.runtime.snapshot.slots import State
 
 __all__ = ["Member", "Members"]
@@ -60,12 +60,11 @@ class Members:
 
         Raises SnapshotMemoryUnavailable; RankFailed where that was on other ranks.
         """
-        parity_bytes = Layout(self._code, data_bytes).parity_bytes if self._code else 0
 
         def reserve() -> None:
             for member, client in self.clients.items():
-                coding = Coding(self._code.name, self._code.n, self._code.m, member.node) if self._code else Coding()
-                client.reserve(data_bytes, parity_bytes, coding)
+                wanted = Reservation.of(data_bytes, self._code, member.node)
+                client.reserve(wanted.data_bytes, wanted.parity_bytes, wanted.coding)
 
         self._agreement.together("reserving memory for snapshots", reserve)
         self.meet()

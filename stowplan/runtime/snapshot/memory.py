@@ -14,18 +14,25 @@ import mmap
 import os
 import stat
 import sys
+import weakref
 
 from stowplan.core.errors import SnapshotMemoryUnavailable, SnapshotRefused
 from stowplan.core.host_memory import available_bytes
 from stowplan.core.units import MIB, format_bytes
 
-__all__ = ["RESERVE_BYTES", "Region", "check_available"]
+__all__ = ["RESERVE_BYTES", "Region", "check_available", "mapped_bytes"]
 
 # Left to the kernel and to everything else when memory is taken for snapshots.
 RESERVE_BYTES = 256 * MIB
 _POPULATED_AT_ONCE_BYTES = 256 * MIB
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; the mmap module does not name it
+_mapped: weakref.WeakSet[Region] = weakref.WeakSet()
 _SIZE_SEALS = ("F_SEAL_SHRINK", "F_SEAL_GROW")
+
+
+def mapped_bytes() -> int:
+    """What regions take that this process has, and that the kernel does not count as available any more."""
+    return sum(region.num_bytes for region in _mapped if not region.closed)
 
 
 def check_available(needed_bytes: int, purpose: str) -> None:
@@ -61,6 +68,7 @@ class Region:
         self.descriptor, self.num_bytes = descriptor, num_bytes
         self._mapping = mmap.mmap(descriptor, num_bytes)
         self._mapping.madvise(mmap.MADV_DONTFORK)
+        _mapped.add(self)
         self.view = memoryview(self._mapping)
 
     @classmethod
@@ -124,6 +132,11 @@ class Region:
                     self.num_bytes,
                 )
 
+    @property
+    def closed(self) -> bool:
+        """Whether nothing of it is mapped here any more."""
+        return self._mapping.closed
+
     def close(self) -> bool:
         """Give up descriptor and mapping; slices of ``view`` that are still held keep the mapping: then it is False."""
         if self.descriptor >= 0:
@@ -132,7 +145,7 @@ class Region:
             self.view.release()
         with contextlib.suppress(BufferError):
             self._mapping.close()
-        return self._mapping.closed
+        return self.closed
 
 
 def _advise(mapping: mmap.mmap, begin: int, length: int, advice: int) -> int:

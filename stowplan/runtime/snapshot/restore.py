@@ -53,9 +53,10 @@ class Restored:
     _rng: dict[str, Any]
 
     def set_rng(self) -> None:
-        """Set random generators again, after something drew from them: an iterator of a DataLoader does when made.
+        """Set random generators again, after something drew from them that was there before: a DataLoader's iterator.
 
-        Nothing is set at another world size.
+        Iterators of torchdata's StatefulDataLoader are made, and generators set, before ``restore`` returns. Nothing is
+        set at another world size.
         """
         if self.exact:
             set_rng(self._rng)
@@ -95,6 +96,7 @@ def restore(schema: dict[str, Any] | bytes | str, buffer: Any, into: TrainingSta
             bits(local).copy_(bits(contents.decoder.view(leaf)))
 
     fitting.apply(copy_tensors)
+    _make_iterators(into)
     set_rng(rng)
     return Restored(contents.step, fitting.extras, True, [contents.own("data")], rng)
 
@@ -133,6 +135,7 @@ def reshard(pieces: Sequence[Piece], into: TrainingState, reader: StorageReader 
     _refuse_gaps(reader.read_metadata(), [name for name, _, _ in fitting.copies])
     fitting.apply(lambda: load_tensors({name: tensor for name, _, tensor in fitting.copies}, reader))
     if same_world:
+        _make_iterators(into)
         set_rng(rng)
     return Restored(own.step, fitting.extras, same_world, [source.own("data") for source in sources], rng)
 
@@ -207,6 +210,15 @@ class MemoryReader(StorageReader):
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[Any]) -> bool:
         """Pieces have no name."""
         return False
+
+
+def _make_iterators(into: TrainingState) -> None:
+    """Let torchdata's loaders make their iterators now, as ``state_dict`` does: that draws random numbers.
+
+    The next ``iter`` gives the same one, or after the end of an epoch another one, which draws as it always does.
+    """
+    for things in into.stateful()["data"].values():
+        things.state_dict()
 
 
 def _place() -> tuple[int, int]:

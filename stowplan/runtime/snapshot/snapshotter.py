@@ -30,7 +30,6 @@ from stowplan.core.errors import (
     SnapshotRefused,
     UnrecoverableSnapshot,
 )
-from stowplan.core.units import MIB
 from stowplan.runtime.snapshot.authentication import JobToken
 from stowplan.runtime.snapshot.client import SnapshotClient, Writing
 from stowplan.runtime.snapshot.codes import Name, code_for
@@ -41,7 +40,6 @@ from stowplan.runtime.snapshot.disk_restore import restore_from_disk
 from stowplan.runtime.snapshot.disk_tier import DiskStatus, DiskTier
 from stowplan.runtime.snapshot.former import gathered, newest_first, taken_over
 from stowplan.runtime.snapshot.interval import Timetable
-from stowplan.runtime.snapshot.layout import payload_offset
 from stowplan.runtime.snapshot.layouts import Found, RankLayout, memory_on, processes_on
 from stowplan.runtime.snapshot.limits import SnapshotLimits
 from stowplan.runtime.snapshot.members import Member, Members
@@ -49,11 +47,12 @@ from stowplan.runtime.snapshot.messages import RankStatus, Status
 from stowplan.runtime.snapshot.pinning import page_locked
 from stowplan.runtime.snapshot.place import Agreement, node_name, run_name
 from stowplan.runtime.snapshot.process import IDLE_SECONDS, LOOPBACK
+from stowplan.runtime.snapshot.reservation import with_reserve
 from stowplan.runtime.snapshot.restore import Restored, reshard, restore
-from stowplan.runtime.snapshot.schema import Schema, Tensor, schema_to_bytes
+from stowplan.runtime.snapshot.schema import Schema
+from stowplan.runtime.snapshot.sizes import described, expected_bytes
 from stowplan.runtime.snapshot.slots import State
 from stowplan.runtime.snapshot.state import Flat, TrainingState, flatten
-from stowplan.runtime.snapshot.state_schema import dump_schema
 
 __all__ = ["Saved", "Snapshotter", "SnapshotterStatus"]
 
@@ -205,7 +204,7 @@ class Snapshotter:
 
         def prepare() -> _Standing:
             flat = flatten(TrainingState(**self._parts, step=step))
-            text, schema, needed_bytes = _described(flat)
+            text, schema, needed_bytes = described(flat)
             made.append((flat, text, schema))
             return self._standing(needed_bytes)
 
@@ -430,16 +429,14 @@ class Snapshotter:
 
     def _reserve_before_training(self) -> None:
         """So that too little memory is told of now, and the first snapshot does not wait for it."""
-        needed = self._agreement.together(
-            "preparing snapshots", lambda: _described(flatten(TrainingState(**self._parts)))[2]
-        )
+        needed = self._agreement.together("preparing snapshots", lambda: expected_bytes(TrainingState(**self._parts)))
         if max(needed) > self._capacity_bytes:
             self._reserve(max(needed))
 
     def _reserve(self, needed_bytes: int) -> None:
         if self._capacity_bytes:
             self._agreement.together("discarding snapshots", lambda: self._client.roll_back(0))
-        self._reserve_exactly(_with_reserve(needed_bytes))
+        self._reserve_exactly(with_reserve(needed_bytes))
 
     def _reserve_exactly(self, data_bytes: int) -> None:
         self._unlock()
@@ -457,18 +454,6 @@ class Snapshotter:
                 if layout != self._layout:
                     with contextlib.suppress(SnapshotProcessUnavailable):
                         self._connected(status.node, 0, layout.local_size).end()
-
-
-def _described(flat: Flat) -> tuple[str, Schema, int]:
-    """The state's schema as text, the snapshot's schema, and the bytes that both take with the tensors."""
-    text = dump_schema(flat.schema).decode()
-    schema = Schema((Tensor("state", "uint8", (flat.num_bytes,), 0, flat.num_bytes),), values=text)
-    return text, schema, payload_offset(len(schema_to_bytes(schema))) + flat.num_bytes
-
-
-def _with_reserve(num_bytes: int) -> int:
-    """Schemas and extras grow a little."""
-    return num_bytes + num_bytes // 16 + MIB
 
 
 def _most(words: list[_Standing], name: str) -> float | None:

@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from stowplan.runtime.snapshot.state_schema import Encoder, envelope
 __all__ = [
     "Copied",
     "Flat",
+    "OptimizerStates",
     "TrainingState",
     "as_bytes",
     "bits",
@@ -37,6 +38,7 @@ __all__ = [
     "size_bytes",
 ]
 
+OptimizerStates: TypeAlias = Mapping[torch.Tensor, Mapping[str, Any]]  # by parameter
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 
 
@@ -141,8 +143,14 @@ def _side_stream(device: torch.device, streams: dict[torch.device, torch.cuda.St
     return streams[device]
 
 
-def flatten(state: TrainingState) -> Flat:
+def flatten(
+    state: TrainingState, *, encoder: Encoder | None = None, optimizer_states: OptimizerStates | None = None
+) -> Flat:
     """Take a training's state apart. Nothing is copied or changed: copy before anything of it changes.
+
+    Args:
+        encoder: what takes values apart.
+        optimizer_states: by parameter, for those of which the optimizer has none yet.
 
     Raises:
         InvalidArgument: something that a snapshot cannot hold; names path and type, and says what to do.
@@ -151,12 +159,12 @@ def flatten(state: TrainingState) -> Flat:
         raise InvalidArgument(f"step={state.step!r}: give the number of steps that are done, 0 or more.")
     ready = dist.is_available() and dist.is_initialized()
     replica = dist.get_rank(state.replicas) if ready else 0
-    encoder = Encoder()
+    encoder = encoder or Encoder()
     encoder.owned = replica == 0
     models = models_of(state.model)
     tree: dict[str, Any] = {
         "model": {**models.tensors, **{name: module.get_extra_state() for name, module in models.stateful.items()}},
-        "optimizer": _optimizer_tree(state, models),
+        "optimizer": _optimizer_tree(state, models, optimizer_states or {}),
     }
     node = [[part, encoder.encode(value, part)] for part, value in tree.items()]
     encoder.owned, encoder.sharded = True, False
@@ -249,13 +257,14 @@ def _extra(name: str, value: Any) -> Any:
     return value.state_dict() if is_stateful(value) else value
 
 
-def _optimizer_tree(state: TrainingState, models: Models) -> dict[str, Any]:
+def _optimizer_tree(state: TrainingState, models: Models, missing: OptimizerStates) -> dict[str, Any]:
     """``{"state": {name: …}, "groups": [{option: …, "params": [name, …]}, …]}`` over all optimizers."""
     states: dict[str, Any] = {}
     groups = []
     for optimizer, group, names in parameter_groups(named(state.optimizer, "optimizer"), models):
         for name, parameter in zip(names, group["params"], strict=True):
-            if parameter in optimizer.state:
-                states[name] = dict(optimizer.state[parameter])
+            found = optimizer.state.get(parameter, missing.get(parameter))
+            if found is not None:
+                states[name] = dict(found)
         groups.append({**group, "params": names})
     return {"state": states, "groups": groups}

@@ -102,3 +102,20 @@ def refused(rank: int) -> list[int]:
 
 def test_wrong_arguments_are_refused(ranks: Ranks) -> None:
     assert ranks.run(refused)[0]
+
+
+def beside_snapshots(rank: int) -> tuple[int, int, bool]:
+    pipeline = new_pipeline()
+    optimizer = torch.optim.AdamW(pipeline.parameters())
+    options: dict[str, Any] = {"budget": "1GiB", "optimizer": optimizer, "snapshots": stowplan.SnapshotMemory()}
+    with pytest.raises(InfeasibleBudget, match="snapshots take") as caught:
+        stowplan.plan(pipeline, batch_of(CASE), host_budget="1MiB", **options)
+    plan = stowplan.plan(pipeline, batch_of(CASE), host_budget="64MiB", **options)
+    return caught.value.snapshot_bytes, plan.snapshot_bytes, "Snapshots take" in stowplan.report(plan)
+
+
+def test_all_devices_leave_room_for_the_largest_one_s_snapshots(ranks: Ranks) -> None:
+    found = ranks.run(beside_snapshots)
+    taken = found[0][0]
+    assert taken > 0
+    assert found == [(taken, taken, True)] * 2

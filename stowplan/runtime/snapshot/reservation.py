@@ -1,0 +1,90 @@
+"""What snapshots take of a host's memory: one arithmetic for who reserves it and for who plans with what is left."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from stowplan.core.errors import InvalidArgument
+from stowplan.core.plan import SnapshotBytes
+from stowplan.core.units import MIB, parse_bytes
+from stowplan.runtime.snapshot.codes import Code, Layout, Name, code_for
+from stowplan.runtime.snapshot.layout import Coding, Geometry
+
+__all__ = ["Reservation", "SnapshotMemory", "with_reserve"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SnapshotMemory:
+    """The snapshots that a training will take in memory, for ``plan`` and ``wrap``, which leave the host bytes to them.
+
+    Attributes:
+        num_nodes, m, code: how many nodes there are, how many may be lost, and the code over them: as the
+            ``Snapshotter`` has them. On one node there is no code.
+        beside: what a snapshot has beside the planned model and its optimizer, such as an averaged model: bytes of this
+            rank, as an int or ``"4GiB"``. Schedulers, positions in the data and the like need not be counted.
+        ranks_per_node: counted for ``host_budget="auto"``, as the node's memory is for all of them. Default: torchrun's
+            LOCAL_WORLD_SIZE, else 1.
+
+    Raises InvalidArgument: numbers that are none, or a code that is not for so many nodes.
+    """
+
+    num_nodes: int = 1
+    m: int = 1
+    code: Name | None = None
+    beside: int | str = 0
+    ranks_per_node: int | None = None
+
+    def __post_init__(self) -> None:
+        counts = (("num_nodes", self.num_nodes), ("ranks_per_node", self.num_ranks_per_node))
+        for name, count in counts:
+            if type(count) is not int or count < 1:
+                raise InvalidArgument(f"{name}={count!r}: give a whole number, 1 or more.")
+        _ = self.erasure_code, self.beside_bytes
+
+    @property
+    def erasure_code(self) -> Code | None:
+        """The code over nodes; None on one."""
+        return code_for(self.num_nodes, self.m, self.code) if self.num_nodes > 1 else None
+
+    @property
+    def beside_bytes(self) -> int:
+        """``beside`` as a number."""
+        return parse_bytes(self.beside, "beside") if self.beside else 0
+
+    @property
+    def num_ranks_per_node(self) -> int:
+        """``ranks_per_node``, or what the environment says."""
+        given = os.environ.get("LOCAL_WORLD_SIZE", "1")
+        return self.ranks_per_node if self.ranks_per_node is not None else int(given) if given.isdigit() else 1
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """One rank's memory for two snapshots of up to ``data_bytes`` (schema and payload) and for their parity."""
+
+    data_bytes: int
+    parity_bytes: int
+    coding: Coding
+
+    @classmethod
+    def of(cls, data_bytes: int, code: Code | None = None, node_index: int = 0) -> Reservation:
+        """That of node ``node_index`` of the code's group; None: one node, without parity."""
+        if code is None:
+            return cls(data_bytes, 0, Coding())
+        return cls(data_bytes, Layout(code, data_bytes).parity_bytes, Coding(code.name, code.n, code.m, node_index))
+
+    @property
+    def total_bytes(self) -> int:
+        """All that the memory process takes for the rank: headers, tables, data and parity of both slots."""
+        return Geometry(self.data_bytes, self.parity_bytes, self.coding.n).total_bytes
+
+    @property
+    def size(self) -> SnapshotBytes:
+        """For plans."""
+        return SnapshotBytes(data_bytes=self.data_bytes, parity_bytes=self.parity_bytes, total_bytes=self.total_bytes)
+
+
+def with_reserve(num_bytes: int) -> int:
+    """The data bytes to reserve where the largest rank's snapshot takes so many: schemas and extras grow a little."""
+    return num_bytes + num_bytes // 16 + MIB
