@@ -317,9 +317,8 @@ class Snapshotter:
                 lost = lost or error
         into = TrainingState(**self._parts)
         if restored is None and copy is not None:
-            if self._capacity_bytes:
-                self._agreement.together("discarding snapshots", lambda: self._client.roll_back(0))
             restored = self._agreed("restoring from disk", lambda: restore_from_disk(copy, into))
+            self._agreement.together("discarding snapshots", lambda: self._client.roll_back(0))
         if restored is None and lost is not None:
             raise lost
         self._reserve_before_training()
@@ -434,8 +433,8 @@ class Snapshotter:
             self._reserve(max(needed))
 
     def _reserve(self, needed_bytes: int) -> None:
-        if self._capacity_bytes:
-            self._agreement.together("discarding snapshots", lambda: self._client.roll_back(0))
+        """Memory of another size, for which what is there is given up; also what a job of long ago has left."""
+        self._agreement.together("discarding snapshots", lambda: self._client.roll_back(0))
         self._reserve_exactly(with_reserve(needed_bytes))
 
     def _reserve_exactly(self, data_bytes: int) -> None:
