@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-__all__ = ["RankFailed", "Ranks"]
+__all__ = ["RankFailed", "Ranks", "fork_server"]
 
 TIMEOUT = timedelta(seconds=300)
 _START = timedelta(seconds=300)  # torch and transformers are imported
@@ -28,7 +28,16 @@ _PRELOADED = [
     "transformers.models.gpt2.modeling_gpt2",
     "transformers.models.llama.modeling_llama",
     "stowplan.runtime.pipeline.pipeline",
+    "stowplan.runtime.snapshot.snapshotter",
+    "torch.distributed.fsdp",
 ]
+
+
+def fork_server() -> Any:
+    """The multiprocessing context whose processes are forks of one that has imported torch and transformers."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    return context
 
 
 class RankFailed(AssertionError):
@@ -80,8 +89,7 @@ class Ranks:
         return [answers[rank][1] for rank in range(self.size)]
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(_PRELOADED)
+        context = fork_server()
         store = Path(tempfile.mkdtemp(prefix="stowplan-ranks-")) / "store"
         for rank in range(self.size):
             ours, theirs = context.Pipe()

@@ -70,7 +70,9 @@ def test_what_has_to_be_swapped_counts_in_the_least_host_budget(left_bytes):
     assert least > 2 * GIB
     assert stowplan.replan(plan, budget=budget, host_budget=least).prediction.host_bytes <= least - 2 * GIB
     with pytest.raises(stowplan.InfeasibleBudget):
-        stowplan.replan(plan, budget=budget, host_budget=2 * GIB + (least - 2 * GIB) // 2)  # a hurried search is not exact
+        stowplan.replan(
+            plan, budget=budget, host_budget=2 * GIB + (least - 2 * GIB) // 2
+        )  # a hurried search is not exact
 
 
 def test_a_budget_that_no_host_budget_helps_says_so(roomy):

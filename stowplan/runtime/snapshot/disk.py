@@ -45,6 +45,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from stowplan.core.errors import InvalidSnapshot
 from stowplan.runtime.snapshot.codes import crc32c
 from stowplan.runtime.snapshot.contents import Contents, Piece, leaves_of
+from stowplan.runtime.snapshot.fail_points import fail_at
 from stowplan.runtime.snapshot.leaf import Leaf
 from stowplan.runtime.snapshot.state_schema import dump_schema, load_schema
 
@@ -91,6 +92,7 @@ def write_part(
     writer.set_up_storage_writer(True, rank=contents.rank, use_collectives=False)
     plan = writer.prepare_local_plan(SavePlan([_write_item(name, entry) for name, entry in entries.items()]))
     try:
+        fail_at("disk.part")
         results = writer.write_data(plan, _Resolver(contents, entries)).value()
         if overtaken():
             raise InvalidSnapshot("its memory was needed for the next snapshot before it was written.")
@@ -125,6 +127,7 @@ def finish(directory: str | Path, step: int, world_size: int, *, attempt: int = 
     names = [part_name(rank) for rank in range(world_size)]
     if not all((folder / name).exists() for name in names):
         return None
+    fail_at("disk.finish")
     parts = [json.loads((folder / name).read_bytes()) for name in names]
     files = {name: entry for part in parts for name, entry in part["files"].items()}
     _write_metadata(folder, parts, world_size, step)

@@ -28,7 +28,7 @@ class DiskStatus:
         last_bytes, last_seconds: of this node's parts of it, written and synced.
         num_written: copies that became complete.
         num_skipped: copies that were not begun because the one before was not done: the disk is too slow for so many.
-        num_failed: copies that came to nothing.
+        num_failed, failed_step: copies that came to nothing, and the newest of them.
         error: what the last failure was; empty after a success.
     """
 
@@ -39,6 +39,7 @@ class DiskStatus:
     num_written: int = 0
     num_skipped: int = 0
     num_failed: int = 0
+    failed_step: int | None = None
     error: str = ""
 
 
@@ -70,6 +71,7 @@ class DiskTier:
         self._status = DiskStatus()
         self._lock = threading.Lock()
         self._closing = threading.Event()
+        self._given_up = -1  # newest step of which some part will not come
         self._thread: threading.Thread | None = None
         self._reading_since: float | None = None
         self._overtaken = threading.Event()
@@ -129,6 +131,10 @@ class DiskTier:
         with self._lock:
             self._status = replace(self._status, num_skipped=self._status.num_skipped + 1)
 
+    def give_up(self, step: int) -> None:
+        """Some node's part of this step's copy will not come: wait no longer for it."""
+        self._given_up = max(self._given_up, step)
+
     def wait(self, timeout_seconds: float | None = None) -> bool:
         """Wait until nothing is being written; False if that takes longer."""
         thread = self._thread
@@ -167,10 +173,10 @@ class DiskTier:
                     prune(self.directory, self._keep, attempt=self._attempt)
                 self._note(num_written=1, last_step=step, last_bytes=num_bytes, last_seconds=seconds)
             else:
-                self._note(num_failed=1, error=f"step {step}: parts of other nodes did not come")
+                self._note(num_failed=1, failed_step=step, error=f"step {step}: parts of other nodes did not come")
         except Exception as error:  # noqa: BLE001 - training goes on whatever happens here; it is told in the status
             kind = "" if isinstance(error, StowplanError) else f"{type(error).__name__}: "
-            self._note(num_failed=1, error=f"step {step}: {kind}{error}")
+            self._note(num_failed=1, failed_step=step, error=f"step {step}: {kind}{error}")
 
     def _complete(self, step: int, first: bool) -> bool:
         """Whether the copy becomes complete while there is patience; the process with rank 0's part makes it so."""
@@ -182,7 +188,7 @@ class DiskTier:
             newest = newest_complete(self.directory)
             if newest is not None and newest >= final:
                 return True
-            if time.monotonic() > deadline or self._closing.wait(_POLL_SECONDS):
+            if step <= self._given_up or time.monotonic() > deadline or self._closing.wait(_POLL_SECONDS):
                 return False
 
     def _note(
@@ -190,6 +196,7 @@ class DiskTier:
         *,
         num_written: int = 0,
         num_failed: int = 0,
+        failed_step: int | None = None,
         error: str = "",
         last_step: int | None = None,
         last_bytes: int | None = None,
@@ -204,5 +211,6 @@ class DiskTier:
                 num_written=old.num_written + num_written,
                 num_skipped=old.num_skipped,
                 num_failed=old.num_failed + num_failed,
+                failed_step=old.failed_step if failed_step is None else failed_step,
                 error=error,
             )

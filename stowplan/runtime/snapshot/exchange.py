@@ -11,16 +11,19 @@ it waits, and a later call goes on. One node that is GLOBAL is proof that all ha
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import StrEnum
+from math import inf
 from typing import Any, TypeVar
 
 from stowplan.core.errors import InvalidArgument, SnapshotPeerRefused, SnapshotPeerUnavailable, StowplanError
 from stowplan.runtime.snapshot.authentication import JobToken, Member
 from stowplan.runtime.snapshot.codes import Area, Code, Layout, Plan, Span, Term, accumulate, crc32c
+from stowplan.runtime.snapshot.fail_points import fail_at
 from stowplan.runtime.snapshot.limits import SnapshotLimits
 from stowplan.runtime.snapshot.node_store import Held, NodeStore, Table, find
 from stowplan.runtime.snapshot.peer_messages import AskState, AskTable, Done, Read, Request, StateAnswer
@@ -36,6 +39,8 @@ T = TypeVar("T")
 _ZEROS = bytes(1 << 20)
 # Of the work under way, in all its tasks: it ends, without another write, once the store's is newer.
 _GENERATION: ContextVar[int | None] = ContextVar("generation", default=None)
+# Of recovery: who has been unreachable for so long is lost.
+_PATIENCE_SECONDS: ContextVar[float] = ContextVar("patience", default=inf)
 
 
 class Verdict(StrEnum):
@@ -93,6 +98,7 @@ class Exchange:
         self._links: dict[int, Link] = {}
         self._pieces = asyncio.Semaphore(self.limits.most_pieces)
         self._troubles: dict[int, str] = {}
+        self._unreachable: set[int] = set()  # when they were last asked
 
     async def start(self, host: str, port: int = 0) -> Address:
         """Listen at ``host``; gives the address for the other nodes."""
@@ -164,6 +170,7 @@ class Exchange:
     async def _barrier(self, snapshot: Snapshot, least: State) -> None:
         begun = least is State.PARITY
         while True:
+            self._held(snapshot)  # or it was discarded meanwhile
             nodes = [node for node in range(self.member.num_nodes) if node != self.member.node]
             answers = await gathered(self._state(node, snapshot) for node in nodes)
             for node, answer in zip(nodes, answers, strict=True):
@@ -231,6 +238,7 @@ class Exchange:
         """
         for span in plan.destinations:
             await _clear(areas[span.area], span)
+        fail_at("rebuild" if urgent else "encode")
         of_node: dict[int, list[Term]] = {}
         for term in plan.terms:
             of_node.setdefault(term.source.node, []).append(term)
@@ -274,14 +282,22 @@ class Exchange:
         """Ask until there is an answer: again, with growing pauses, while the node cannot be reached or is behind.
 
         SnapshotPeerRefused ("generation") once this node's is newer than that of the work (``fenced``). Other refusals
-        are raised as they are. The caller's timeout is the end.
+        are raised as they are. The caller's timeout is the end; where ``fenced`` has a patience,
+        SnapshotPeerUnavailable is raised when the node could not be reached for that long.
         """
         pause = self.limits.poll_seconds
+        lost_at: float | None = None
         while True:
             self.check_fence()
             answer = await self._asked(node, request, kind, payload, timeout_seconds or self.limits.timeout_seconds)
             if answer is not None:
                 return answer
+            if node not in self._unreachable:
+                lost_at = None
+            elif lost_at is None:
+                lost_at = time.monotonic()
+            elif time.monotonic() - lost_at > _PATIENCE_SECONDS.get():
+                raise SnapshotPeerUnavailable(self._troubles[node])
             await asyncio.sleep(pause)
             pause = min(2 * pause, self.limits.most_backoff_seconds)
 
@@ -296,8 +312,10 @@ class Exchange:
                 return answer, bytes(content)
             return await self._link(node).ask(request, kind, generation, payload, timeout_seconds)
         except SnapshotPeerUnavailable as error:
+            self._unreachable.add(node)
             self._troubles[node] = str(error)
         except SnapshotPeerRefused as error:
+            self._unreachable.discard(node)
             if error.reason != "behind":
                 raise
             self._troubles[node] = error.problem
@@ -320,13 +338,14 @@ class Exchange:
 
 
 @contextmanager
-def fenced(generation: int) -> Iterator[None]:
-    """What is done inside belongs to this generation."""
-    token = _GENERATION.set(generation)
+def fenced(generation: int, patience_seconds: float = inf) -> Iterator[None]:
+    """What is done inside belongs to this generation, and waits for a node that cannot be reached for so long."""
+    tokens = _GENERATION.set(generation), _PATIENCE_SECONDS.set(patience_seconds)
     try:
         yield
     finally:
-        _GENERATION.reset(token)
+        _GENERATION.reset(tokens[0])
+        _PATIENCE_SECONDS.reset(tokens[1])
 
 
 async def gathered(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:

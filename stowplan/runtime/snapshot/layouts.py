@@ -19,7 +19,7 @@ from stowplan.runtime.snapshot.connection import connect
 from stowplan.runtime.snapshot.messages import GetStatus, Status
 from stowplan.runtime.snapshot.slots import State
 
-__all__ = ["Found", "RankLayout", "memory_on", "processes_on"]
+__all__ = ["Found", "RankLayout", "memory_on", "node_of", "processes_on"]
 
 _SUFFIX = re.compile(r"(\d+)x(\d+)(?:-([a-z0-9]+)-(\d+))?(?:\.\d+)?")
 
@@ -69,6 +69,11 @@ class Found:
     index: int
     data_bytes: int
     newest: tuple[int, int] | None
+
+
+def node_of(process: str) -> str:
+    """The node that a memory process of this name is on; the name itself where it has no layout."""
+    return re.sub(rf"\.{_SUFFIX.pattern}$", "", process)
 
 
 def processes_on(run: str, node: str, directory: Path | None = None) -> Iterator[tuple[RankLayout, Status]]:

@@ -20,7 +20,8 @@ class SnapshotLimits:
         bytes_per_second: that each local rank sends for coding; None: as fast as it goes. Recovery is not limited.
         deadline_seconds: of a snapshot's coding; it is given up then, unless others may have completed it.
         recovery_seconds: of a restart's recovery.
-        timeout_seconds: of one request; it is asked again until the deadline.
+        timeout_seconds: of one request; it is asked again until the deadline. In recovery, who cannot be reached for as
+            long is lost.
     """
 
     bytes_per_second: float | None = None

@@ -19,6 +19,7 @@ import weakref
 from stowplan.core.errors import SnapshotMemoryUnavailable, SnapshotRefused
 from stowplan.core.host_memory import available_bytes
 from stowplan.core.units import MIB, format_bytes
+from stowplan.runtime.snapshot.fail_points import fail_at
 
 __all__ = ["RESERVE_BYTES", "Region", "check_available", "mapped_bytes"]
 
@@ -78,20 +79,33 @@ class Region:
         Raises SnapshotMemoryUnavailable: not Linux, or not enough memory, before any is taken where that can be known.
         """
         check_available(num_bytes, purpose)
-        descriptor = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
-            os.ftruncate(descriptor, num_bytes)
-            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-            region = cls(descriptor, num_bytes)
-        except BaseException:
-            os.close(descriptor)
-            raise
+            fail_at("reserve")
+            region = cls._sealed(name, num_bytes)
+        except OSError as error:
+            raise SnapshotMemoryUnavailable(
+                f"{purpose} take {format_bytes(num_bytes)} ({num_bytes} bytes), and the kernel does not give them: "
+                f"{error.strerror}. Raise the limits of this process (ulimit -a), the container or the job, or train "
+                f"without snapshots in memory.",
+                num_bytes,
+            ) from error
         try:
             region.populate()
         except BaseException:
             region.close()
             raise
         return region
+
+    @classmethod
+    def _sealed(cls, name: str, num_bytes: int) -> Region:
+        descriptor = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(descriptor, num_bytes)
+            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+            return cls(descriptor, num_bytes)
+        except BaseException:
+            os.close(descriptor)
+            raise
 
     @classmethod
     def received(cls, descriptor: int) -> Region:

@@ -100,7 +100,8 @@ class Decision:
     """What all do next in a recovery.
 
     Attributes:
-        verdict: "rebuild" what is lost of ``snapshot``; "commit", all have; "refused", nothing can be restored.
+        verdict: "rebuild" what is lost of ``snapshot``; "commit", all have; "refused", nothing can be restored;
+            "ended", a node was lost meanwhile, ``advice`` says which.
         node_bytes: data of each node.
         lost: nodes without the snapshot.
         bad: spans of the others that count as lost.

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 from stowplan.core.errors import SnapshotPeerRefused, SnapshotPeerUnavailable
 from stowplan.core.records import RecordError, from_plain, to_plain
 from stowplan.runtime.snapshot.authentication import JobToken, Member, prove_to_client, prove_to_server
+from stowplan.runtime.snapshot.fail_points import fail_at
 from stowplan.runtime.snapshot.peer_messages import REQUESTS, Answer, Request
 from stowplan.runtime.snapshot.wire import BrokenFrame, Channel, Header, OtherVersion
 
@@ -141,6 +142,7 @@ class Link:
         async with self._turn:
             whole = False
             try:
+                fail_at("exchange")
                 async with asyncio.timeout(timeout_seconds):
                     if self._channel is None:
                         self._channel = await self._connected()

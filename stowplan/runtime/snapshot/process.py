@@ -21,6 +21,7 @@ from pathlib import Path
 from stowplan.core.errors import StowplanError
 from stowplan.core.units import MIB
 from stowplan.runtime.snapshot import protocol
+from stowplan.runtime.snapshot.fail_points import arm
 from stowplan.runtime.snapshot.group_coder import GroupCoder
 from stowplan.runtime.snapshot.locks import FileLock
 from stowplan.runtime.snapshot.server import Server
@@ -67,6 +68,9 @@ def _serve(options: argparse.Namespace, files: protocol.Files, tell: int) -> int
         if not lock.acquire(blocking=False):
             _tell(tell, "ready")  # another one serves
             return 0
+        from stowplan.runtime.snapshot.layouts import node_of  # which imports this module
+
+        arm(node_of(options.node))
         coder = GroupCoder(options.run, options.listen)
         store = Store(options.run, options.generation, options.num_ranks, coder)
         server = Server(store, options.node, files.socket, options.idle_seconds, coder)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from stowplan.core.errors import SnapshotRefused
+from stowplan.runtime.snapshot.fail_points import fail_at
 from stowplan.runtime.snapshot.layout import (
     NUM_SLOTS,
     Coding,
@@ -152,6 +153,7 @@ class RankMemory:
         index, header = self.header(sequence)
         crc = write_table(self.region.view, self.geometry, index, 0, sums.chunks)
         state = max(header.state, State.LOCAL)
+        fail_at("local")
         changed = replace(header, state=state, data_table_crc=crc, schema_crc=sums.schema_crc)
         self._commit(index, changed, slots)
 
@@ -162,6 +164,7 @@ class RankMemory:
         first = num_chunks(self.geometry.data_capacity_bytes)
         crc = write_table(self.region.view, self.geometry, index, first, sums.chunks)
         state = max(header.state, State.PARITY)
+        fail_at("parity")
         changed = replace(header, state=state, parity_bytes=parity_bytes, parity_table_crc=crc)
         self._commit(index, changed, slots)
 
@@ -169,6 +172,7 @@ class RankMemory:
         """PARITY → GLOBAL."""
         slots = self.slots.advanced(sequence, State.GLOBAL)
         index, header = self.header(sequence)
+        fail_at("global")
         self._commit(index, replace(header, state=State.GLOBAL), slots)
         self.times.complete(sequence)
 

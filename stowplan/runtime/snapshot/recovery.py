@@ -24,6 +24,7 @@ from stowplan.core.errors import (
 )
 from stowplan.runtime.snapshot.codes import Area, Layout, Plan, Span
 from stowplan.runtime.snapshot.exchange import Exchange, crcs_in_turn, fenced, gathered
+from stowplan.runtime.snapshot.fail_points import fail_at
 from stowplan.runtime.snapshot.node_store import Held, Table, find
 from stowplan.runtime.snapshot.peer_messages import (
     AskDecision,
@@ -70,16 +71,28 @@ async def recover(exchange: Exchange, alive: Iterable[int], newest_on_disk: str 
             f"alive={members} is without node {exchange.member.node}, which this is: name all that live."
         )
     try:
-        with fenced(exchange.store.generation):
+        with fenced(exchange.store.generation, exchange.limits.timeout_seconds):
+            fail_at("recover")
             async with asyncio.timeout(exchange.limits.recovery_seconds):
                 if exchange.member.node == members[0]:
-                    return await _lead(exchange, members, newest_on_disk, attempt * _MOST_TRIED)
+                    return await _led(exchange, members, newest_on_disk, attempt * _MOST_TRIED)
                 return await _follow(exchange, members[0], attempt * _MOST_TRIED)
     except TimeoutError as error:
         raise SnapshotPeerUnavailable(
             f"no recovery in {exchange.limits.recovery_seconds:g} s. {exchange.troubles} Begin anew, with a new "
             f"generation, among the nodes that answer."
         ) from error
+
+
+async def _led(exchange: Exchange, members: Sequence[int], newest_on_disk: str, number: int) -> Restored:
+    """As ``_lead``; who follows does not wait for a leader who has ended."""
+    try:
+        return await _lead(exchange, members, newest_on_disk, number)
+    except SnapshotPeerUnavailable as error:
+        while (exchange.store.generation, number) in exchange.service.decisions:
+            number += 1
+        _publish(exchange, number, Decision("ended", advice=str(error)))
+        raise
 
 
 async def _lead(exchange: Exchange, members: Sequence[int], newest_on_disk: str, number: int) -> Restored:
@@ -118,6 +131,8 @@ async def _follow(exchange: Exchange, leader: int, number: int) -> Restored:
             continue
         if decision.verdict == "refused":
             raise UnrecoverableSnapshot(decision.names, decision.stands, decision.advice)
+        if decision.verdict == "ended":
+            raise SnapshotPeerUnavailable(decision.advice)
         if decision.verdict == "commit":
             return _committed(exchange, decision)
         await _try(exchange, number, decision)
@@ -148,6 +163,7 @@ def _committed(exchange: Exchange, decision: Decision) -> Restored:
     exchange.check_fence()
     held = find(exchange.store, decision.snapshot, State.PARITY)
     assert held is not None
+    fail_at("recovered")
     exchange.store.complete(held.slot, decision.snapshot)
     exchange.store.roll_back(decision.snapshot)
     return Restored(decision.snapshot, decision.lost, decision.bad)

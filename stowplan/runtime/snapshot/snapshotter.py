@@ -38,6 +38,7 @@ from stowplan.runtime.snapshot.contents import Piece
 from stowplan.runtime.snapshot.disk import newest_complete
 from stowplan.runtime.snapshot.disk_restore import restore_from_disk
 from stowplan.runtime.snapshot.disk_tier import DiskStatus, DiskTier
+from stowplan.runtime.snapshot.fail_points import arm, fail_at
 from stowplan.runtime.snapshot.former import gathered, newest_first, taken_over
 from stowplan.runtime.snapshot.interval import Timetable
 from stowplan.runtime.snapshot.layouts import Found, RankLayout, memory_on, processes_on
@@ -93,6 +94,7 @@ class _Standing:
     trouble: str = ""  # with the memory process
     reachable: bool = True
     writing_step: int | None = None  # to disk
+    failed_step: int | None = None  # to be written to disk
     read: int = 0  # number of the snapshot that is being read for the disk
     read_late: bool = False
     blocking_seconds: float | None = None
@@ -242,11 +244,16 @@ class Snapshotter:
         writing = self._client.begin(sequence, step, schema, kept=kept)
         if not isinstance(writing, Writing):
             raise SnapshotRefused("order", f"snapshot {sequence} cannot begin, though all were complete: {writing}.")
+        fail_at("copy.begin")
         flat.copy_into(writing.payload)
+        fail_at("copy.end")
         self._client.commit(sequence)
+        fail_at("commit.end")
         if self._disk and step % self._disk_interval == 0:
             if any(word.writing_step is not None for word in words):
                 self._disk.skip()
+                for failed in (word.failed_step for word in words):
+                    self._disk.give_up(-1 if failed is None else failed)  # that part of it will not come
             else:
                 self._on_disk = sequence
                 self._disk.offer([Piece(text, writing.payload)])
@@ -273,6 +280,7 @@ class Snapshotter:
             complete=max((slot.sequence for slot in slots if slot.state is State.GLOBAL), default=0),
             trouble=trouble,
             writing_step=self._disk.status.writing if self._disk else None,
+            failed_step=self._disk.status.failed_step if self._disk else None,
             read=self._on_disk if reading is not None else 0,
             read_late=reading is not None and reading > self._disk_patience_seconds,
             blocking_seconds=own.blocking_seconds if own else None,
@@ -286,7 +294,8 @@ class Snapshotter:
             if self._capacity_bytes and all(word.reachable for word in words):
                 self._members.meet()
             return troubles[0], 0
-        if any(word.pending for word in words):
+        lost = len({word.newest for word in words}) > 1  # by some rank, so it is discarded, not waited for
+        if any(word.pending for word in words) and not lost:
             return "the snapshot before is not complete on all nodes", 0
         kept = max(word.read for word in words)
         if any(word.read_late for word in words) and self._disk:
@@ -330,7 +339,10 @@ class Snapshotter:
         if layout == self._layout:
             self._reserve_exactly(capacity)
             (piece,) = self._members.read(self._members.recovered(newest_on_disk))
-            return self._agreed("restoring", lambda: restore(piece.schema, piece.buffer, into))
+            fail_at("restore.begin")
+            restored = self._agreed("restoring", lambda: restore(piece.schema, piece.buffer, into))
+            fail_at("restore.end")
+            return restored
         place, clients = self.place, dict[Member, SnapshotClient]()
         self._agreement.together(
             "taking over a former layout's memory",
@@ -402,6 +414,7 @@ class Snapshotter:
     def _started(self, run: str | None) -> int:
         """The newest generation that a memory process of this node has heard of; what is older is refused soon."""
         self.run = run_name(run)
+        arm(self.place.node, self.place.rank)
         if self._layout.code:
             JobToken.from_environment()  # before training, not when coding begins
         place = self.place

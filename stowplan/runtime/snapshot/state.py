@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import nn
 
 from stowplan.core.errors import InvalidArgument, InvalidSnapshot
+from stowplan.runtime.snapshot.fail_points import fail_at
 from stowplan.runtime.snapshot.modules import Models, models_of, named, parameter_groups
 from stowplan.runtime.snapshot.state_schema import Encoder, envelope
 
@@ -124,7 +125,9 @@ class Flat:
         data = as_bytes(buffer)
         streams: dict[torch.device, torch.cuda.Stream] = {}
         with torch.no_grad():
-            for tensor, offset in zip(self.tensors, self.offsets, strict=True):
+            for index, (tensor, offset) in enumerate(zip(self.tensors, self.offsets, strict=True)):
+                if index == len(self.tensors) // 2:
+                    fail_at("copy.during")
                 place = data[offset : offset + tensor.nbytes].view(_INTEGERS[tensor.itemsize]).view(tensor.shape)
                 if tensor.is_cuda:
                     with torch.cuda.stream(_side_stream(tensor.device, streams)):

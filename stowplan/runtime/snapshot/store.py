@@ -16,6 +16,7 @@ from stowplan.core.errors import SnapshotRefused
 from stowplan.core.units import format_bytes
 from stowplan.runtime.snapshot.coder import Alone, Coder
 from stowplan.runtime.snapshot.codes import crc32c
+from stowplan.runtime.snapshot.fail_points import fail_at
 from stowplan.runtime.snapshot.layout import Coding, Geometry, chunk_crcs, damage
 from stowplan.runtime.snapshot.memory import Region
 from stowplan.runtime.snapshot.messages import Begun, Skipped, SlotStatus
@@ -270,6 +271,7 @@ class Store:
             with self._changed:
                 data = self._having(memory.rank, snapshot, State.WRITING).data(snapshot.sequence)
                 _, header = memory.header(snapshot.sequence)
+            fail_at("checksums")
             sums = Checksums(chunk_crcs(data), crc32c(data[: header.schema_bytes]))
             with self._changed:
                 self._having(memory.rank, snapshot, State.WRITING).make_local(snapshot.sequence, sums)

@@ -247,6 +247,18 @@ def test_parts_that_do_not_come_are_given_up(tmp_path: Path) -> None:
     assert tier.offer([Piece(schema, small(4).buffer)])
     assert tier.wait()
     assert tier.status.error == "step 4: parts of other nodes did not come"
+    assert tier.status.failed_step == 4
+
+
+def test_parts_that_failed_elsewhere_are_not_waited_for(tmp_path: Path) -> None:
+    schema = {**json.loads(small(4).schema), "world_size": 2}
+    tier = DiskTier(tmp_path, world_size=2)
+    assert tier.offer([Piece(schema, small(4).buffer)])
+    tier.give_up(3)
+    assert not tier.wait(0.5)
+    tier.give_up(4)
+    assert tier.wait()
+    assert (tier.status.failed_step, tier.status.writing) == (4, None)
 
 
 def test_two_nodes_see_the_same_copy_complete(tmp_path: Path) -> None:
