@@ -12,6 +12,11 @@ from tests.runtime.snapshot.faults.jobs import Quiet, job_in_temporary
 from tests.runtime.snapshot.faults.training import Training
 
 
+def full(*values):
+    """A variant that takes its time only with ``-m full``."""
+    return pytest.param(*values, marks=pytest.mark.full)
+
+
 @pytest.fixture(scope="session")
 def quiet():
     """Gives what a training of so many ranks and steps comes to that takes no snapshots and that nothing happens to."""

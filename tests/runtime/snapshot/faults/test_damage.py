@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from tests.runtime.snapshot.faults.conftest import full
 from tests.runtime.snapshot.faults.test_nodes_lost import held
 
 pytestmark = pytest.mark.slow
-AREAS = ["data", "parity", "header", "table", "parity table"]
+AREAS = ["data", full("parity"), "header", "table", full("parity table")]
 
 
 def damaged(job, *nodes, areas):
@@ -29,7 +30,7 @@ def test_one_bit(jobs, quiet, area):
     job.check(quiet(2))
 
 
-@pytest.mark.parametrize("area", ["data", "table", "header"])
+@pytest.mark.parametrize("area", [full("data"), full("table"), "header"])
 def test_one_bit_and_its_memory_process_is_lost(jobs, quiet, area):
     job = jobs("ab", steps=8)
     start = damaged(job, "b", areas=[area])

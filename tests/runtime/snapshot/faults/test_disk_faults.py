@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from tests.runtime.snapshot.faults.conftest import full
+
 pytestmark = pytest.mark.slow
 
 
@@ -21,7 +23,7 @@ def lose_everything(job):
         job.lose(node)
 
 
-@pytest.mark.parametrize("place", ["", "@rank-1"])
+@pytest.mark.parametrize("place", [full(""), "@rank-1"])
 def test_full(jobs, quiet, tmp_path, place):
     job = jobs("ab", steps=12, disk=tmp_path, pause_seconds=0.2)
     start = job.start(rules=f"disk.part{place}:2-=raise:ENOSPC", hold_at=(11,))
@@ -46,7 +48,7 @@ def test_slow(jobs, quiet, tmp_path):
     job.check(quiet(2, 10))
 
 
-@pytest.mark.parametrize("point", ["disk.part@rank-1", "disk.part@rank-0", "disk.finish@rank-0"])
+@pytest.mark.parametrize("point", [full("disk.part@rank-1"), full("disk.part@rank-0"), "disk.finish@rank-0"])
 def test_a_trainer_is_killed_while_it_writes(jobs, quiet, tmp_path, point):
     job = jobs("ab", disk=tmp_path)
     start = job.start(rules=f"{point}:2=kill", pause_seconds=0.3, steps=1000)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from tests.runtime.snapshot.faults.conftest import full
+
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("point", ["checksums", "local", "encode", "parity", "global"])
+@pytest.mark.parametrize("point", ["checksums", full("local"), "encode", full("parity"), "global"])
 def test_training_goes_on_and_so_do_snapshots(jobs, quiet, point):
     job = jobs("ab", steps=10)
     start = job.start(rules=f"{point}@b:3=kill", hold_at=(8,))
@@ -86,7 +88,7 @@ def test_with_its_trainer_on_one_node(jobs, quiet):
     job.check(quiet(2))
 
 
-@pytest.mark.parametrize("point", ["recover", "rebuild", "recovered"])
+@pytest.mark.parametrize("point", [full("recover"), "rebuild", full("recovered")])
 def test_while_it_recovers_a_lost_node(jobs, quiet, point):
     job = jobs("abc", hold_at=(3,))
     start = job.start()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from stowplan.runtime.snapshot.slots import State
+from tests.runtime.snapshot.faults.conftest import full
 
 pytestmark = pytest.mark.slow
 
@@ -22,7 +23,7 @@ def newest(job, node):
         return written.header.snapshot.step, written.header.state
 
 
-@pytest.mark.parametrize(("nodes", "then"), [("ab", "ac"), ("ab", "cb"), ("aabb", "aacc"), ("abcd", "axcd")])
+@pytest.mark.parametrize(("nodes", "then"), [full("ab", "ac"), ("ab", "cb"), ("aabb", "aacc"), full("abcd", "axcd")])
 def test_one_is_replaced_under_another_name(jobs, quiet, nodes, then):
     job = jobs(nodes)
     start = held(job)
@@ -92,7 +93,7 @@ def test_one_in_the_middle_of_coding(jobs, quiet):
     job.check(quiet())
 
 
-@pytest.mark.parametrize("rule", ["copy.during@rank-1:4=kill", "checksums@b:4=kill"])
+@pytest.mark.parametrize("rule", ["copy.during@rank-1:4=kill", full("checksums@b:4=kill")])
 def test_members_have_different_newest_snapshots(jobs, quiet, rule):
     job = jobs("ab")
     start = job.start(rules=rule)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from tests.runtime.snapshot.faults.conftest import full
+
 pytestmark = pytest.mark.slow
 
 
@@ -15,7 +17,7 @@ def test_in_the_middle_of_the_copy(jobs, quiet, nodes):
     job.check(quiet())
 
 
-@pytest.mark.parametrize("point", ["copy.begin", "copy.end"])
+@pytest.mark.parametrize("point", [full("copy.begin"), "copy.end"])
 def test_before_its_bytes_are_committed(jobs, quiet, point):
     job = jobs("ab")
     job.start(rules=f"{point}@rank-1:4=kill").killed_by_itself(1)
@@ -32,7 +34,13 @@ def test_after_its_bytes_are_committed(jobs, quiet):
 
 @pytest.mark.parametrize(
     ("point", "found"),
-    [("checksums", {"3", "4"}), ("local", {"3", "4"}), ("encode", {"4"}), ("parity", {"4"}), ("global", {"4"})],
+    [
+        full("checksums", {"3", "4"}),
+        full("local", {"3", "4"}),
+        ("encode", {"4"}),
+        full("parity", {"4"}),
+        ("global", {"4"}),
+    ],
 )
 def test_while_its_node_is_slow_at(jobs, quiet, point, found):
     job = jobs("ab")
@@ -44,7 +52,7 @@ def test_while_its_node_is_slow_at(jobs, quiet, point, found):
     job.check(quiet(2))
 
 
-@pytest.mark.parametrize("point", ["restore.begin", "restore.end"])
+@pytest.mark.parametrize("point", [full("restore.begin"), "restore.end"])
 def test_while_it_restores(jobs, quiet, point):
     job = jobs("ab", hold_at=(3,))
     start = job.start()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.runtime.snapshot.faults.conftest import full
 from tests.runtime.snapshot.faults.test_disk_faults import copies, lose_everything
 from tests.runtime.snapshot.faults.test_nodes_lost import held
 
@@ -23,7 +24,7 @@ def same_parameters(former, start, step):
 
 
 @pytest.mark.parametrize(
-    ("nodes", "then"), [("aabb", "ab"), ("ab", "aabb"), ("aabb", "aa"), ("aabb", "aaaa"), ("abcd", "abc")]
+    ("nodes", "then"), [("aabb", "ab"), ("ab", "aabb"), full("aabb", "aa"), full("aabb", "aaaa"), ("abcd", "abc")]
 )
 def test_from_memory(jobs, nodes, then):
     job = jobs(nodes)
@@ -34,7 +35,7 @@ def test_from_memory(jobs, nodes, then):
     same_parameters(former, job.start(then), 3)
 
 
-@pytest.mark.parametrize("then", ["ab", "aa"])
+@pytest.mark.parametrize("then", ["ab", full("aa")])
 def test_from_disk(jobs, tmp_path, then):
     job = jobs("aabb", disk=tmp_path, disk_interval=3)
     former = held(job)
