@@ -8,6 +8,7 @@ import socket
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
+import torch
 import torch.distributed as dist
 
 from stowplan.core.errors import InvalidArgument
@@ -49,6 +50,16 @@ class Agreement:
         words: list[Any] = [None] * self.world_size
         dist.all_gather_object(words, word, group=self._group)
         return cast(list[T], words)
+
+    def swap(self, to: int, outgoing: torch.Tensor, source: int, incoming: torch.Tensor) -> None:
+        """Send bytes to one rank while others come from another; both have to call it. Empty ones are left out."""
+        works = []
+        if outgoing.numel():
+            works.append(dist.isend(outgoing, to, group=self._group))
+        if incoming.numel():
+            works.append(dist.irecv(incoming, source, group=self._group))
+        for work in works:
+            work.wait()  # type: ignore[union-attr]
 
     def place(self, node: str) -> Place:
         """Where this rank is among all. Raises InvalidArgument: nodes with different numbers of ranks."""

@@ -36,12 +36,14 @@ from stowplan.runtime.snapshot.contents import Piece
 from stowplan.runtime.snapshot.disk import newest_complete
 from stowplan.runtime.snapshot.disk_restore import restore_from_disk
 from stowplan.runtime.snapshot.disk_tier import DiskStatus, DiskTier
+from stowplan.runtime.snapshot.gathered import restore_shares
 from stowplan.runtime.snapshot.layout import Coding, payload_offset
 from stowplan.runtime.snapshot.messages import RankStatus, Status
 from stowplan.runtime.snapshot.place import Agreement, node_name, run_name
 from stowplan.runtime.snapshot.process import IDLE_SECONDS, LOOPBACK
-from stowplan.runtime.snapshot.restore import Restored, restore
+from stowplan.runtime.snapshot.restore import Restored
 from stowplan.runtime.snapshot.schema import Schema, Tensor, schema_to_bytes
+from stowplan.runtime.snapshot.shares import agreed_portions
 from stowplan.runtime.snapshot.slots import State
 from stowplan.runtime.snapshot.state import TrainingState, flatten
 from stowplan.runtime.snapshot.state_schema import dump_schema
@@ -156,7 +158,8 @@ class Snapshotter:
         if self._interval and step % self._interval:
             return Saved(step, skipped="not due")
         begin = time.perf_counter()
-        flat = flatten(TrainingState(**self._parts, step=step))
+        state = TrainingState(**self._parts, step=step)
+        flat = flatten(state, agreed_portions(self._agreement, state))
         text = dump_schema(flat.schema).decode()
         schema = Schema((Tensor("state", "uint8", (flat.num_bytes,), 0, flat.num_bytes),), values=text)
         needed = payload_offset(len(schema_to_bytes(schema))) + flat.num_bytes
@@ -197,7 +200,7 @@ class Snapshotter:
             try:
                 sequence = self._recovered(str(copy or ""))
                 schema, payload = self._read(sequence)
-                return restore(schema.values, payload, into)
+                return restore_shares(self._agreement, Piece(schema.values, payload), into)
             except UnrecoverableSnapshot as error:
                 lost = error
         if copy is not None:
