@@ -24,7 +24,7 @@ def digests(tensors: Sequence[torch.Tensor]) -> list[bytes]:
     ]
     added = {index: sums(raw) for index, raw in enumerate(raws) if raw.device.type != "cpu"}  # all are begun first
     return [
-        hashlib.blake2b(memoryview(added[index].cpu().numpy()), digest_size=16).digest()
+        hashlib.blake2b(added[index].cpu().numpy().tobytes(), digest_size=16).digest()
         if index in added
         else crc32c(raw.numpy()).to_bytes(4, "little")
         for index, raw in enumerate(raws)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 from stowplan.runtime.snapshot.digests import digests
@@ -62,19 +63,19 @@ class Same:
 
 def replicas_of(state: TrainingState) -> list[Replica]:
     """Parameters and optimizer states that other ranks should have the same of, but for the smallest."""
+    return [replica for candidate in _candidates(state) for replica in _replica(*candidate)]
+
+
+def _candidates(state: TrainingState) -> Iterator[tuple[str, torch.Tensor, Ranks]]:
+    """All tensors of models and optimizers by path, and the ranks that DistributedDataParallel keeps the same."""
     models = models_of(state.model)
-    found: list[Replica] = []
     for name, tensor in models.tensors.items():
-        ranks = models.replicas.get(tensor, ()) if isinstance(tensor, torch.nn.Parameter) else ()
-        found += _replica(f"model.{name}", tensor, ranks)
+        yield f"model.{name}", tensor, models.replicas.get(tensor, ()) if isinstance(tensor, nn.Parameter) else ()
     for optimizer, group, names in parameter_groups(named(state.optimizer, "optimizer"), models):
-        if _is_zero(optimizer):
-            continue
         for name, parameter in zip(names, group["params"], strict=True):
-            ranks = models.replicas.get(parameter, ())
+            ranks = () if _is_zero(optimizer) else models.replicas.get(parameter, ())
             for path, tensor in _tensors(optimizer.state.get(parameter, {}), f"optimizer.state.{name}"):
-                found += _replica(path, tensor, ranks)
-    return found
+                yield path, tensor, ranks
 
 
 def same_replicas(agreement: Agreement, state: TrainingState) -> Same:
@@ -89,8 +90,13 @@ def same_replicas(agreement: Agreement, state: TrainingState) -> Same:
         for ranks, word in theirs.items():
             said.setdefault(ranks, {})[rank] = word
     agreed = all(by.keys() == set(ranks) and len(set(by.values())) == 1 for ranks, by in said.items())
-    if agreed and len(set().union(*(theirs for _, theirs in words))) < 2:
+    families: set[Ranks] = set().union(*(theirs for _, theirs in words))
+    if agreed and (not families or (len(families) == 1 and 0 in families.pop())):
         return Same(tuple(replicas))
+    if agreement.rank == 0:  # which writes to disk what it has whole
+        divided = {replica.path for replica in replicas}
+        mine[0,] = {path: b"" for path, _, _ in _candidates(state) if path not in divided}
+        plain.add((0,))
     return _compared(replicas, mine, agreement.gather((mine, plain)))
 
 

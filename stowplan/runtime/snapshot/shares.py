@@ -20,6 +20,7 @@ from stowplan.runtime.snapshot.state_schema import Portion, Storage
 __all__ = ["agreed_portions", "portions"]
 
 _LEAST_PART_BYTES = 4096
+_ENOUGH_ROWS = 16  # of a part: one more or less makes little difference
 
 
 def agreed_portions(agreement: Agreement, state: TrainingState) -> dict[str, Portion]:
@@ -44,27 +45,33 @@ def agreed_portions(agreement: Agreement, state: TrainingState) -> dict[str, Por
 
 def portions(replicas: Iterable[Replica], rank: int) -> Iterator[tuple[Replica, Portion]]:
     """What ``rank``, one of their ranks, has of each."""
-    turns: dict[Ranks, int] = {}
+    turns: dict[tuple[Ranks, bool], int] = {}  # of what goes to all, and of what goes to some
     known: dict[Storage, Portion] = {}
     for replica in replicas:
         memory = Storage.of(replica.tensor)
         if memory not in known:
-            turn = turns.get(replica.ranks, 0)
-            known[memory], turns[replica.ranks] = _dealt(replica.tensor, replica.ranks, rank, turn)
+            dim, num_parts = _division(replica.tensor, len(replica.ranks))
+            key = replica.ranks, num_parts == len(replica.ranks)
+            part = (replica.ranks.index(rank) - turns.get(key, 0)) % len(replica.ranks)
+            known[memory] = _part(replica, dim, num_parts, part)
+            # Who has more than others this time has not the next time.
+            more = replica.tensor.shape[dim] % num_parts if key[1] else num_parts
+            turns[key] = turns.get(key, 0) + more
         yield replica, known[memory]
 
 
-def _dealt(tensor: torch.Tensor, ranks: Ranks, rank: int, turn: int) -> tuple[Portion, int]:
-    """A rank's portion, and whose turn it is next: who has more than others this time has not the next time."""
-    wanted = min(len(ranks), -(-tensor.nbytes // _LEAST_PART_BYTES))
-    dim = next((dim for dim, size in enumerate(tensor.shape) if size >= wanted), None)
-    if dim is None:
-        dim = max(range(tensor.dim()), key=lambda dim: tensor.shape[dim])
-    size = tensor.shape[dim]
-    num_parts = min(wanted, size)
+def _division(tensor: torch.Tensor, num_ranks: int) -> tuple[int, int]:
+    """The dimension to divide, and into how many parts."""
+    wanted = min(num_ranks, -(-tensor.nbytes // _LEAST_PART_BYTES))
+    shape = tuple(tensor.shape)
+    long = [dim for dim, size in enumerate(shape) if size >= _ENOUGH_ROWS * wanted]
+    dim = long[0] if long else shape.index(max(shape))
+    return dim, min(wanted, shape[dim])
+
+
+def _part(replica: Replica, dim: int, num_parts: int, part: int) -> Portion:
+    size = replica.tensor.shape[dim]
     rows, more = divmod(size, num_parts)
-    part = (ranks.index(rank) - turn) % len(ranks)
     begin = min(part * rows + min(part, more), size)
     length = rows + (part < more) if part < num_parts else 0
-    advance = more if num_parts == len(ranks) else num_parts
-    return Portion(Share(dim, begin, size, min(ranks)), length, True), (turn + advance) % len(ranks)
+    return Portion(Share(dim, begin, size, min(replica.ranks)), length, True)

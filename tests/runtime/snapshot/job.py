@@ -15,9 +15,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from stowplan.runtime.snapshot.snapshotter import Snapshotter
 from tests.models import llama
+from tests.runtime.snapshot.replicated import data_parallel
 
 WORLD_SIZE = 4
 
@@ -50,6 +52,7 @@ def main() -> None:
     parser.add_argument("--kill-node", action="store_true", help="with its memory process")
     parser.add_argument("--disk", type=Path)
     parser.add_argument("--interval", type=int, default=1)
+    parser.add_argument("--replicated", action="store_true", help="DistributedDataParallel, not FSDP2")
     options = parser.parse_args()
     torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
@@ -57,10 +60,13 @@ def main() -> None:
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=WORLD_SIZE)
     torch.manual_seed(0)
     model = llama(num_blocks=2)
-    mesh = init_device_mesh("cpu", (WORLD_SIZE,))
-    for block in model.model.layers:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    if options.replicated:
+        model = data_parallel(model)
+    else:
+        mesh = init_device_mesh("cpu", (WORLD_SIZE,))
+        for block in model.model.layers:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.steps)
     data = Tokens(rank)
@@ -87,7 +93,10 @@ def main() -> None:
             say("STEP", step, saved.skipped or f"saved {saved.num_bytes}")
             if not saved.skipped and not snapshots.wait():
                 say("LATE", *snapshots.status().memory.reduced)
-        final = {name: parameter.full_tensor() for name, parameter in model.named_parameters()}
+        final = {
+            name: parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
+            for name, parameter in model.named_parameters()
+        }
         if rank == 0:
             torch.save(final, options.directory / "final.pt")
     say("DONE", time.process_time())

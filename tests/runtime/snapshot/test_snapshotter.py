@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -71,9 +72,19 @@ class Job:
 @pytest.fixture(scope="module")
 def uninterrupted():
     """Final parameters of a training that nothing happened to."""
+    yield from final_of()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted_replicated():
+    """The same, with DistributedDataParallel."""
+    yield from final_of("--replicated")
+
+
+def final_of(*options):
     with tempfile.TemporaryDirectory(prefix="stow") as path:
         job = started(Path(path), ("a",) * WORLD_SIZE)
-        job.run("--interval", 100)
+        job.run("--interval", 100, *options)
         yield torch.load(job.final)
         job.close()
 
@@ -120,3 +131,14 @@ def test_a_lost_node_changes_nothing(jobs, uninterrupted, nodes):
     job.run(of_rank={rank: (*kill, "--kill-node") if rank == dying[0] else kill for rank in dying})
     assert all(f"RESTORED {KILLED_IN}\n" in each for each in job.run())
     assert same(job.final, uninterrupted)
+
+
+@pytest.mark.parametrize(("nodes", "killed"), [("aaaa", ()), ("abcd", ("--kill-node",))])
+def test_a_lost_share_of_replicated_training_changes_nothing(jobs, uninterrupted_replicated, nodes, killed):
+    job = jobs(*nodes)
+    said = job.run("--replicated", of_rank={1: ("--kill-at", str(KILLED_IN), *killed)})
+    sizes = [int(re.search(rf"STEP {KILLED_IN} saved (\d+)", each)[1]) for each in said]
+    state_bytes = 3 * sum(tensor.nbytes for tensor in uninterrupted_replicated.values())
+    assert max(sizes) - min(sizes) < 0.2 * state_bytes / WORLD_SIZE
+    assert all(f"RESTORED {KILLED_IN}\n" in each for each in job.run("--replicated"))
+    assert same(job.final, uninterrupted_replicated)
