@@ -93,7 +93,7 @@ class Contents:
 
     def own_leaves(self) -> list[Leaf]:
         """Tensors that a checkpoint of torch has no name for, each once: of ``OWN_PARTS``, options, extra states."""
-        shared = {leaf.offset for leaf in self.shared_leaves().values()}
+        shared = {leaf.offset for leaf in self.shared_leaves().values() if leaf.num_bytes}
         named = [leaf for part in ("model", "optimizer") for leaf in self._leaves(self.nodes[part], part)]
         found = [leaf for leaf in named if leaf.offset not in shared]
         found += [leaf for part in OWN_PARTS for leaf in self._leaves(self.nodes[part], part)]

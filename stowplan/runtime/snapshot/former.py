@@ -8,16 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import torch
-
 from stowplan.runtime.snapshot.client import SnapshotClient
 from stowplan.runtime.snapshot.contents import Piece
+from stowplan.runtime.snapshot.gathered import gather_pieces
 from stowplan.runtime.snapshot.layouts import Found, RankLayout
 from stowplan.runtime.snapshot.members import Member
 from stowplan.runtime.snapshot.place import Agreement
-from stowplan.runtime.snapshot.state import as_bytes
 
-__all__ = ["gathered", "newest_first", "taken_over"]
+__all__ = ["all_pieces", "newest_first", "taken_over"]
 
 
 def newest_first(found: Sequence[Found]) -> list[RankLayout]:
@@ -60,25 +58,9 @@ def taken_over(
     }
 
 
-def gathered(agreement: Agreement, pieces: Sequence[Piece]) -> list[Piece]:
+def all_pieces(agreement: Agreement, pieces: Sequence[Piece]) -> list[Piece]:
     """All ranks' pieces on every rank, which takes memory for all of them."""
-    heads = agreement.gather([(piece.schema, memoryview(piece.buffer).nbytes) for piece in pieces])
-
-    def room() -> list[list[torch.Tensor]]:
-        return [
-            [as_bytes(piece.buffer) for piece in pieces]
-            if rank == agreement.rank
-            else [torch.empty(num_bytes, dtype=torch.uint8) for _, num_bytes in head]
-            for rank, head in enumerate(heads)
-        ]
-
-    buffers: list[list[torch.Tensor]] = []
-    agreement.together("making room for all ranks' snapshots", lambda: buffers.extend(room()))
-    for rank, own in enumerate(buffers):
-        for buffer in own:
-            agreement.broadcast(buffer, rank)
-    return [
-        Piece(schema, buffer.numpy().data)
-        for head, own in zip(heads, buffers, strict=True)
-        for (schema, _), buffer in zip(head, own, strict=True)
-    ]
+    found: list[Piece] = []
+    for index in range(max(agreement.gather(len(pieces)))):
+        found += gather_pieces(agreement, pieces[index] if index < len(pieces) else None)
+    return found

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -33,11 +34,13 @@ class Models:
         tensors: parameters and persistent buffers; tied ones under each of their names.
         stateful: modules with an extra state (``get_extra_state``).
         names: the first name of each parameter.
+        replicas: the ranks that have the same of a parameter, of those of DistributedDataParallel.
     """
 
     tensors: dict[str, torch.Tensor]
     stateful: dict[str, nn.Module]
     names: dict[nn.Parameter, str]
+    replicas: dict[nn.Parameter, tuple[int, ...]]
 
 
 def named(given: Any, kind: str) -> dict[str, Any]:
@@ -60,7 +63,7 @@ def models_of(model: Any) -> Models:
     Raises:
         InvalidArgument: something else was given, or FSDP1, or two tensors have one name.
     """
-    models = Models({}, {}, {})
+    models = Models({}, {}, {}, {})
     for name, part in named(model, "model").items():
         roots = list(part.stages.values()) if isinstance(part, Pipeline) else [part]
         for root in roots:
@@ -70,6 +73,11 @@ def models_of(model: Any) -> Models:
                 )
             for prefix, module in _walk(root, f"{name}." if name else ""):
                 _add(models, prefix, module)
+                if isinstance(module, DistributedDataParallel):
+                    ranks = tuple(dist.get_process_group_ranks(module.process_group))
+                    ignored = module.parameters_to_ignore
+                    own = module.module.named_parameters(remove_duplicate=False)
+                    models.replicas.update({parameter: ranks for name, parameter in own if name not in ignored})
     return models
 
 

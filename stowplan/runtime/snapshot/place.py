@@ -13,14 +13,12 @@ import torch
 import torch.distributed as dist
 
 from stowplan.core.errors import InvalidArgument, RankFailed, StowplanError
-from stowplan.core.units import MIB
 
 __all__ = ["NODE_VARIABLE", "RUN_VARIABLE", "Agreement", "Place", "node_name", "run_name"]
 
 T = TypeVar("T")
 NODE_VARIABLE = "STOWPLAN_NODE"
 RUN_VARIABLE = "STOWPLAN_RUN"
-_BROADCAST_BYTES = 64 * MIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +52,15 @@ class Agreement:
         dist.all_gather_object(words, word, group=self._group)
         return cast(list[T], words)
 
-    def broadcast(self, buffer: torch.Tensor, source: int) -> None:
-        """Bytes of rank ``source`` into those of all others, as many; all call it."""
-        if self._group is not None:
-            for part in buffer.split(_BROADCAST_BYTES):
-                dist.broadcast(part, source, group=self._group)
+    def swap(self, to: int, outgoing: torch.Tensor, source: int, incoming: torch.Tensor) -> None:
+        """Send bytes to one rank while others come from another; both have to call it. Empty ones are left out."""
+        works = []
+        if outgoing.numel():
+            works.append(dist.isend(outgoing, to, group=self._group))
+        if incoming.numel():
+            works.append(dist.irecv(incoming, source, group=self._group))
+        for work in works:
+            work.wait()  # type: ignore[union-attr]
 
     def together(self, doing: str, work: Callable[[], T]) -> list[T]:
         """``work`` on all ranks, and what it gave on each; where it fails on one, all raise, and nobody waits for ever.

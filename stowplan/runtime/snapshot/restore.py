@@ -29,6 +29,7 @@ from stowplan.core.errors import InvalidArgument, InvalidSnapshot, SnapshotMisma
 from stowplan.runtime.snapshot.contents import Contents, Piece
 from stowplan.runtime.snapshot.fitting import Fitting
 from stowplan.runtime.snapshot.leaf import Leaf
+from stowplan.runtime.snapshot.parts import Parts, part_of
 from stowplan.runtime.snapshot.state import TrainingState, bits, check_rng, set_rng
 
 __all__ = ["MemoryReader", "Restored", "load_tensors", "reshard", "restore"]
@@ -62,7 +63,9 @@ class Restored:
             set_rng(self._rng)
 
 
-def restore(schema: dict[str, Any] | bytes | str, buffer: Any, into: TrainingState) -> Restored:
+def restore(
+    schema: dict[str, Any] | bytes | str, buffer: Any, into: TrainingState, others: Sequence[Piece] = ()
+) -> Restored:
     """Put a snapshot of this rank back into a training of the same world size, to the last bit.
 
     Model and optimizer tensors are copied out of the buffer in place; random generators are set last. The buffer is
@@ -72,9 +75,10 @@ def restore(schema: dict[str, Any] | bytes | str, buffer: Any, into: TrainingSta
         schema: as ``flatten`` gave it, or its JSON.
         buffer: at least as many bytes as the schema says, contiguous.
         into: a training built as the first one was; its optimizer need not have any states.
+        others: the pieces of ranks that have the rest of what is replicated (``gathered.restore_shares`` brings them).
 
     Raises:
-        InvalidSnapshot: the schema is damaged.
+        InvalidSnapshot: a schema is damaged, or of what is replicated a part is in no piece.
         SnapshotMismatch: the snapshot is of another training, rank or world size; nothing has been changed.
     """
     contents = Contents.of(Piece(schema, buffer))
@@ -89,11 +93,14 @@ def restore(schema: dict[str, Any] | bytes | str, buffer: Any, into: TrainingSta
         )
     fitting.problems += _rng_problems(rng)
     fitting.check()
+    parts = Parts(contents, [Contents.of(other) for other in others])
+    copies = [(parts.of(name, leaf), tensor) for name, leaf, tensor in fitting.copies]
 
     def copy_tensors() -> None:
-        for _, leaf, tensor in fitting.copies:
-            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-            bits(local).copy_(bits(contents.decoder.view(leaf)))
+        for found, tensor in copies:
+            local = bits(tensor.to_local() if isinstance(tensor, DTensor) else tensor)
+            for source, leaf in found:
+                bits(part_of(local, leaf)).copy_(bits(source.decoder.view(leaf)))
 
     fitting.apply(copy_tensors)
     _make_iterators(into)
@@ -153,8 +160,12 @@ class MemoryReader(StorageReader):
 
     def __init__(self, sources: Sequence[Contents]) -> None:
         self._chunks: dict[tuple[str, tuple[int, ...]], tuple[Contents, Leaf]] = {}
+        families: dict[tuple[str, tuple[int, ...]], int | None] = {}
         for source in sources:
             for name, leaf in source.shared_leaves().items():
+                family = leaf.share.family if leaf.share else None
+                if families.setdefault((name, leaf.local_offsets), family) != family:
+                    continue  # other ranks' own under the same name
                 kept = self._chunks.get((name, leaf.offsets))
                 if kept is None or not kept[1].num_bytes:
                     self._chunks[name, leaf.offsets] = source, leaf

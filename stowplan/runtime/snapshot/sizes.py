@@ -20,6 +20,7 @@ from stowplan.offload.parallel import like_distributed
 from stowplan.runtime.snapshot.layout import payload_offset
 from stowplan.runtime.snapshot.leaf import Leaf
 from stowplan.runtime.snapshot.modules import models_of, named
+from stowplan.runtime.snapshot.replicas import replicas_of
 from stowplan.runtime.snapshot.reservation import Reservation, SnapshotMemory, with_reserve
 from stowplan.runtime.snapshot.schema import Schema, Tensor, schema_to_bytes
 from stowplan.runtime.snapshot.state import Flat, OptimizerStates, TrainingState, flatten
@@ -46,7 +47,7 @@ def expected_bytes(state: TrainingState) -> int:
         with contextlib.suppress(InvalidArgument):
             states |= steady_states(optimizer, device)
     with _disable_current_modes():
-        return described(flatten(state, encoder=Sizes(), optimizer_states=states))[2]
+        return _needed(state, states)
 
 
 def predicted(
@@ -59,9 +60,16 @@ def predicted(
     Raises InvalidArgument: something that a snapshot cannot hold.
     """
     with _disable_current_modes():
-        flat = flatten(TrainingState(model=model, optimizer=optimizer), encoder=Sizes(), optimizer_states=states)
-        needed = _largest(described(flat)[2] + memory.beside_bytes, model)
+        needed = _needed(TrainingState(model=model, optimizer=optimizer), states)
+        needed = _largest(needed + memory.beside_bytes, model)
     return Reservation.of(with_reserve(needed), memory.erasure_code)
+
+
+def _needed(state: TrainingState, states: OptimizerStates | None) -> int:
+    """Of this rank; of what is replicated an even share, as it is divided when its bytes are known."""
+    whole = described(flatten(state, encoder=Sizes(), optimizer_states=states))[2]
+    replicas = {id(replica.tensor): replica for replica in replicas_of(state, states)}.values()
+    return whole - sum(replica.tensor.nbytes * (len(replica.ranks) - 1) // len(replica.ranks) for replica in replicas)
 
 
 class Sizes(Encoder):

@@ -39,7 +39,8 @@ from stowplan.runtime.snapshot.disk import newest_complete
 from stowplan.runtime.snapshot.disk_restore import restore_from_disk
 from stowplan.runtime.snapshot.disk_tier import DiskStatus, DiskTier
 from stowplan.runtime.snapshot.fail_points import arm, fail_at
-from stowplan.runtime.snapshot.former import gathered, newest_first, taken_over
+from stowplan.runtime.snapshot.former import all_pieces, newest_first, taken_over
+from stowplan.runtime.snapshot.gathered import restore_shares
 from stowplan.runtime.snapshot.interval import Timetable
 from stowplan.runtime.snapshot.layouts import Found, RankLayout, memory_on, processes_on
 from stowplan.runtime.snapshot.limits import SnapshotLimits
@@ -49,8 +50,9 @@ from stowplan.runtime.snapshot.pinning import page_locked
 from stowplan.runtime.snapshot.place import Agreement, node_name, run_name
 from stowplan.runtime.snapshot.process import IDLE_SECONDS, LOOPBACK
 from stowplan.runtime.snapshot.reservation import with_reserve
-from stowplan.runtime.snapshot.restore import Restored, reshard, restore
+from stowplan.runtime.snapshot.restore import Restored, reshard
 from stowplan.runtime.snapshot.schema import Schema
+from stowplan.runtime.snapshot.shares import agreed_portions
 from stowplan.runtime.snapshot.sizes import described, expected_bytes
 from stowplan.runtime.snapshot.slots import State
 from stowplan.runtime.snapshot.state import Flat, TrainingState, flatten
@@ -181,6 +183,7 @@ class Snapshotter:
         self._on_disk = 0  # number of the snapshot that was last offered to the disk
         if self._directory:
             self._disk = DiskTier(self._directory, world_size=place.world_size, attempt=self.generation)
+        self._may_be_replicated = True  # until it is known that nothing is
         self._num_saved = self._num_skipped = 0
         self._last: Saved | None = None
 
@@ -203,9 +206,12 @@ class Snapshotter:
     def _saved(self, step: int) -> Saved:
         begin = time.perf_counter()
         made: list[tuple[Flat, str, Schema]] = []
+        state = TrainingState(**self._parts, step=step)
+        portions = agreed_portions(self._agreement, state) if self._may_be_replicated else None
+        self._may_be_replicated = portions is not None
 
         def prepare() -> _Standing:
-            flat = flatten(TrainingState(**self._parts, step=step))
+            flat = flatten(state, portions)
             text, schema, needed_bytes = described(flat)
             made.append((flat, text, schema))
             return self._standing(needed_bytes)
@@ -340,7 +346,7 @@ class Snapshotter:
             self._reserve_exactly(capacity)
             (piece,) = self._members.read(self._members.recovered(newest_on_disk))
             fail_at("restore.begin")
-            restored = self._agreed("restoring", lambda: restore(piece.schema, piece.buffer, into))
+            restored = restore_shares(self._agreement, piece, into)
             fail_at("restore.end")
             return restored
         place, clients = self.place, dict[Member, SnapshotClient]()
@@ -350,7 +356,7 @@ class Snapshotter:
         )
         self._former = Members(self._agreement, clients, layout.code, self._limits)
         self._former.reserve(capacity)
-        pieces = gathered(self._agreement, self._former.read(self._former.recovered(newest_on_disk)))
+        pieces = all_pieces(self._agreement, self._former.read(self._former.recovered(newest_on_disk)))
         return self._agreed("restoring", lambda: reshard(pieces, into))
 
     def _agreed(self, doing: str, work: Callable[[], Restored]) -> Restored:

@@ -23,7 +23,7 @@ from torch import nn
 from stowplan.core.errors import InvalidArgument, InvalidSnapshot
 from stowplan.runtime.snapshot.fail_points import fail_at
 from stowplan.runtime.snapshot.modules import Models, models_of, named, parameter_groups
-from stowplan.runtime.snapshot.state_schema import Encoder, envelope
+from stowplan.runtime.snapshot.state_schema import Encoder, Portion, envelope
 
 __all__ = [
     "Copied",
@@ -147,12 +147,19 @@ def _side_stream(device: torch.device, streams: dict[torch.device, torch.cuda.St
 
 
 def flatten(
-    state: TrainingState, *, encoder: Encoder | None = None, optimizer_states: OptimizerStates | None = None
+    state: TrainingState,
+    portions: Mapping[str, Portion] | None = None,
+    *,
+    encoder: Encoder | None = None,
+    optimizer_states: OptimizerStates | None = None,
 ) -> Flat:
     """Take a training's state apart. Nothing is copied or changed: copy before anything of it changes.
 
     Args:
-        encoder: what takes values apart.
+        state: of the training.
+        portions: what this rank's snapshot has of what is replicated, by path (``shares.agreed_portions``); the other
+            ranks' have the rest. Default: all tensors are whole.
+        encoder: what takes values apart. Default: one of these portions.
         optimizer_states: by parameter, for those of which the optimizer has none yet.
 
     Raises:
@@ -162,7 +169,7 @@ def flatten(
         raise InvalidArgument(f"step={state.step!r}: give the number of steps that are done, 0 or more.")
     ready = dist.is_available() and dist.is_initialized()
     replica = dist.get_rank(state.replicas) if ready else 0
-    encoder = encoder or Encoder()
+    encoder = encoder or Encoder(portions)
     encoder.owned = replica == 0
     models = models_of(state.model)
     tree: dict[str, Any] = {
@@ -171,20 +178,23 @@ def flatten(
     }
     node = [[part, encoder.encode(value, part)] for part, value in tree.items()]
     encoder.owned, encoder.sharded = True, False
-    own: dict[str, Any] = {
+    rest: dict[str, Any] = {
         part: {name: thing.state_dict() for name, thing in things.items()} for part, things in state.stateful().items()
     }
-    own["extras"] = {name: _extra(name, value) for name, value in state.extras.items()}
-    own["rng"] = _rng()
-    node += [[part, encoder.encode(value, part)] for part, value in own.items()]
+    rest["extras"] = {name: _extra(name, value) for name, value in state.extras.items()}
+    rest["rng"] = _rng()
+    node += [[part, encoder.encode(value, part)] for part, value in rest.items()]
+    own, shares = encoder.own, encoder.shares
+    encoder.move_shares(own.num_bytes)
     schema = envelope(
         {"dict": node},
-        num_bytes=encoder.num_bytes,
+        num_bytes=own.num_bytes + shares.num_bytes,
         rank=dist.get_rank() if ready else 0,
         step=state.step,
         world_size=dist.get_world_size() if ready else 1,
     )
-    return Flat(schema, tuple(encoder.tensors), tuple(encoder.offsets), encoder.num_bytes)
+    offsets = (*own.offsets, *(own.num_bytes + offset for offset in shares.offsets))
+    return Flat(schema, (*own.tensors, *shares.tensors), offsets, schema["bytes"])
 
 
 def size_bytes(state: TrainingState) -> int:

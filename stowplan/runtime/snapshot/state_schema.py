@@ -22,7 +22,7 @@ from __future__ import annotations
 import base64
 import json
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,9 +30,9 @@ import torch
 from torch.distributed.tensor import DTensor, Replicate
 
 from stowplan.core.errors import InvalidArgument, InvalidSnapshot
-from stowplan.runtime.snapshot.leaf import ALIGNMENT, DTYPES, Leaf, Shard
+from stowplan.runtime.snapshot.leaf import ALIGNMENT, DTYPES, Leaf, Shard, Share
 
-__all__ = ["VERSION", "Decoder", "Encoder", "dump_schema", "envelope", "load_schema"]
+__all__ = ["VERSION", "Decoder", "Encoder", "Portion", "Region", "Storage", "dump_schema", "envelope", "load_schema"]
 
 VERSION = 1
 _FORMAT = "stowplan snapshot"
@@ -50,21 +50,69 @@ class Storage(NamedTuple):
     shape: tuple[int, ...]
     strides: tuple[int, ...]
 
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Storage:
+        """Of a plain tensor with elements."""
+        return cls(tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
 
-class Encoder:
-    """Takes values apart. ``tensors`` and ``offsets`` grow; tensors are referred to, never copied.
 
-    Attributes:
-        owned: whether plain tensors of what is encoded next are this rank's to write to disk.
-        sharded: whether what is encoded next may be distributed.
-    """
+class Portion(NamedTuple):
+    """What a snapshot has of a replicated tensor: ``length`` of the share's dimension; ``owned`` as of leaves."""
+
+    share: Share
+    length: int
+    owned: bool
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """That part of it."""
+        return tensor.narrow(self.share.dim, self.share.begin, self.length)
+
+
+class Region:
+    """Tensors one after the other, each at a multiple of 64 bytes; what shares memory shares its bytes."""
 
     def __init__(self) -> None:
-        self.owned = self.sharded = True
         self.tensors: list[torch.Tensor] = []
         self.offsets: list[int] = []
         self.num_bytes = 0
         self._places: dict[Storage, int] = {}
+
+    def place(self, tensor: torch.Tensor) -> int:
+        """Where it begins; 0 for what has no bytes."""
+        if not tensor.numel():
+            return 0
+        memory = Storage.of(tensor)
+        if memory not in self._places:
+            self._places[memory] = self.num_bytes
+            self.tensors.append(tensor)
+            self.offsets.append(self.num_bytes)
+            self.num_bytes += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        return self._places[memory]
+
+
+class Encoder:
+    """Takes values apart. Tensors are referred to, never copied.
+
+    Args:
+        portions: what the snapshot has of replicated tensors, by their paths.
+
+    Attributes:
+        owned: whether plain tensors of what is encoded next are this rank's to write to disk.
+        sharded: whether what is encoded next may be distributed, or replicated.
+        own, shares: what is only here; parts of what is replicated, which ``move_shares`` puts behind.
+    """
+
+    def __init__(self, portions: Mapping[str, Portion] | None = None) -> None:
+        self.owned = self.sharded = True
+        self.own, self.shares = Region(), Region()
+        self._portions = portions or {}
+        self._moving: list[dict[str, Any]] = []
+
+    def move_shares(self, begin: int) -> None:
+        """Nodes made so far say from now on that shares begin at this offset."""
+        for plain in self._moving:
+            plain["offset"] += begin
+        self._moving.clear()
 
     def encode(self, value: Any, path: str) -> Any:
         """The node of a value.
@@ -82,7 +130,11 @@ class Encoder:
         if kind in _TAG_OF:
             return {_TAG_OF[kind]: self._members(value, path)}
         if isinstance(value, torch.Tensor):
-            return {"tensor": self.leaf(value, path).to_json()}
+            leaf = self.leaf(value, path)
+            plain = leaf.to_json()
+            if leaf.share is not None and leaf.num_bytes:
+                self._moving.append(plain)
+            return {"tensor": plain}
         if isinstance(value, np.ndarray | np.generic):
             return self._numpy(value, path)
         if kind is torch.dtype:
@@ -130,7 +182,7 @@ class Encoder:
 
     def leaf(self, tensor: torch.Tensor, path: str) -> Leaf:
         """A place for a tensor's bytes; the one that it has, if the same memory was met before."""
-        shard, owned = None, self.owned
+        shard, owned, share, region = None, self.owned, None, self.own
         tensor = tensor.detach()
         if isinstance(tensor, DTensor):
             if not self.sharded:
@@ -159,18 +211,10 @@ class Encoder:
                 f"that are not quantized. Initialise or convert it first."
             )
         tensor = tensor.resolve_conj().resolve_neg()
-        return Leaf(tensor.dtype, tuple(tensor.shape), self._place(tensor), tensor.device.type, owned, shard)
-
-    def _place(self, tensor: torch.Tensor) -> int:
-        if not tensor.numel():
-            return 0
-        memory = Storage(tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
-        if memory not in self._places:
-            self._places[memory] = self.num_bytes
-            self.tensors.append(tensor)
-            self.offsets.append(self.num_bytes)
-            self.num_bytes += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-        return self._places[memory]
+        portion = self._portions.get(path) if self.sharded else None
+        if portion is not None:
+            tensor, share, owned, region = portion.of(tensor), portion.share, portion.owned, self.shares
+        return Leaf(tensor.dtype, tuple(tensor.shape), region.place(tensor), tensor.device.type, owned, shard, share)
 
 
 class Decoder:

@@ -22,8 +22,9 @@ def quiet():
     """Gives what a training of so many ranks and steps comes to that takes no snapshots and that nothing happens to."""
 
     @functools.cache
-    def run(world_size=4, steps=6):
-        with job_in_temporary("a" * world_size, Training(steps=steps, interval=10**6)) as job:
+    def run(world_size=4, steps=6, replicated=False):
+        training = Training(steps=steps, interval=10**6, replicated=replicated)
+        with job_in_temporary("a" * world_size, training) as job:
             start = job.start().finished()
             return Quiet(start.losses(), torch.load(start.place / "final.pt"))
 

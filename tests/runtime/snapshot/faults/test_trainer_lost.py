@@ -17,6 +17,17 @@ def test_in_the_middle_of_the_copy(jobs, quiet, nodes):
     job.check(quiet())
 
 
+@pytest.mark.parametrize("nodes", [full("aaaa"), "abcd"])
+def test_of_replicated_training(jobs, quiet, nodes):
+    """Each rank has a share of what all have the same of; a node's, too, is computed."""
+    job = jobs(nodes, replicated=True)
+    job.start(rules="copy.during@rank-1:4=kill").killed_by_itself(1)
+    if nodes == "abcd":
+        job.lose("b")
+    assert job.start().finished().restored == "3"
+    job.check(quiet(4, replicated=True))
+
+
 @pytest.mark.parametrize("point", [full("copy.begin"), "copy.end"])
 def test_before_its_bytes_are_committed(jobs, quiet, point):
     job = jobs("ab")

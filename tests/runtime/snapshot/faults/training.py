@@ -23,6 +23,7 @@ from stowplan.core.errors import SnapshotProcessUnavailable
 from stowplan.runtime.snapshot.limits import SnapshotLimits
 from stowplan.runtime.snapshot.snapshotter import Saved, Snapshotter
 from tests.models import VOCABULARY, llama
+from tests.runtime.snapshot.replicated import data_parallel
 
 __all__ = ["Training", "train"]
 
@@ -43,6 +44,7 @@ class Training:
     wait: bool = True  # after each step, until the newest snapshot is complete
     hold_at: tuple[int, ...] = ()  # after these steps, until somebody makes the file GO-STEP or kills the rank
     pause_seconds: float = 0.0  # in each step
+    replicated: bool = False  # DistributedDataParallel, not FSDP2
 
 
 class Tokens:
@@ -82,7 +84,9 @@ def train(place: Path, rank: int, world_size: int, environment: dict[str, str], 
 
 def _run(place: Path, rank: int, world_size: int, training: Training) -> None:
     model = llama(num_blocks=2)
-    if world_size > 1:
+    if training.replicated:
+        model = data_parallel(model)
+    elif world_size > 1:
         mesh = init_device_mesh("cpu", (world_size,))
         for block in model.model.layers:
             fully_shard(block, mesh=mesh)
