@@ -51,16 +51,6 @@ class Agreement:
         dist.all_gather_object(words, word, group=self._group)
         return cast(list[T], words)
 
-    def swap(self, to: int, outgoing: torch.Tensor, source: int, incoming: torch.Tensor) -> None:
-        """Send bytes to one rank while others come from another; both have to call it. Empty ones are left out."""
-        works = []
-        if outgoing.numel():
-            works.append(dist.isend(outgoing, to, group=self._group))
-        if incoming.numel():
-            works.append(dist.irecv(incoming, source, group=self._group))
-        for work in works:
-            work.wait()  # type: ignore[union-attr]
-
     def place(self, node: str) -> Place:
         """Where this rank is among all. Raises InvalidArgument: nodes with different numbers of ranks."""
         names = self.gather((node, socket.gethostname()))
@@ -80,6 +70,16 @@ class Agreement:
             local_size=len(ranks[node]),
             one_host=len({host for _, host in names}) == 1,
         )
+
+    def swap(self, to: int, outgoing: torch.Tensor, source: int, incoming: torch.Tensor) -> None:
+        """Send bytes to one rank while others come from another; both have to call it. Empty ones are left out."""
+        works = []
+        if outgoing.numel():
+            works.append(dist.isend(outgoing, to, group=self._group))
+        if incoming.numel():
+            works.append(dist.irecv(incoming, source, group=self._group))
+        for work in works:
+            work.wait()  # type: ignore[union-attr]
 
 
 def node_name(given: str | None) -> str:
