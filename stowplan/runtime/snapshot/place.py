@@ -52,16 +52,6 @@ class Agreement:
         dist.all_gather_object(words, word, group=self._group)
         return cast(list[T], words)
 
-    def swap(self, to: int, outgoing: torch.Tensor, source: int, incoming: torch.Tensor) -> None:
-        """Send bytes to one rank while others come from another; both have to call it. Empty ones are left out."""
-        works = []
-        if outgoing.numel():
-            works.append(dist.isend(outgoing, to, group=self._group))
-        if incoming.numel():
-            works.append(dist.irecv(incoming, source, group=self._group))
-        for work in works:
-            work.wait()  # type: ignore[union-attr]
-
     def together(self, doing: str, work: Callable[[], T]) -> list[T]:
         """``work`` on all ranks, and what it gave on each; where it fails on one, all raise, and nobody waits for ever.
 
@@ -100,6 +90,16 @@ class Agreement:
             local_size=len(ranks[node]),
             one_host=len({host for _, host in names}) == 1,
         )
+
+    def swap(self, to: int, outgoing: torch.Tensor, source: int, incoming: torch.Tensor) -> None:
+        """Send bytes to one rank while others come from another; both have to call it. Empty ones are left out."""
+        works = []
+        if outgoing.numel():
+            works.append(dist.isend(outgoing, to, group=self._group))
+        if incoming.numel():
+            works.append(dist.irecv(incoming, source, group=self._group))
+        for work in works:
+            work.wait()  # type: ignore[union-attr]
 
 
 def _tellable(failure: Exception | None) -> StowplanError | None:

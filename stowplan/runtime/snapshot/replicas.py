@@ -20,9 +20,9 @@ from torch.distributed.tensor import DTensor
 
 from stowplan.runtime.snapshot.digests import digests
 from stowplan.runtime.snapshot.modules import models_of, named, parameter_groups
+from stowplan.runtime.snapshot.payload import Storage
 from stowplan.runtime.snapshot.place import Agreement
 from stowplan.runtime.snapshot.state import OptimizerStates, TrainingState
-from stowplan.runtime.snapshot.state_schema import Storage
 
 __all__ = ["Ranks", "Replica", "Same", "replicas_of", "same_replicas"]
 

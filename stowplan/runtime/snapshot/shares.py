@@ -12,10 +12,10 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from stowplan.runtime.snapshot.leaf import Share
+from stowplan.runtime.snapshot.payload import Portion, Storage
 from stowplan.runtime.snapshot.place import Agreement
 from stowplan.runtime.snapshot.replicas import Ranks, Replica, same_replicas
 from stowplan.runtime.snapshot.state import TrainingState
-from stowplan.runtime.snapshot.state_schema import Portion, Storage
 
 __all__ = ["agreed_portions", "portions"]
 

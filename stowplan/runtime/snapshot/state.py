@@ -23,7 +23,8 @@ from torch import nn
 from stowplan.core.errors import InvalidArgument, InvalidSnapshot
 from stowplan.runtime.snapshot.fail_points import fail_at
 from stowplan.runtime.snapshot.modules import Models, models_of, named, parameter_groups
-from stowplan.runtime.snapshot.state_schema import Encoder, Portion, envelope
+from stowplan.runtime.snapshot.payload import Portion
+from stowplan.runtime.snapshot.state_schema import Encoder, envelope
 
 __all__ = [
     "Copied",

@@ -23,71 +23,23 @@ import base64
 import json
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch.distributed.tensor import DTensor, Replicate
 
 from stowplan.core.errors import InvalidArgument, InvalidSnapshot
-from stowplan.runtime.snapshot.leaf import ALIGNMENT, DTYPES, Leaf, Shard, Share
+from stowplan.runtime.snapshot.leaf import DTYPES, Leaf, Shard
+from stowplan.runtime.snapshot.payload import Payload, Portion
 
-__all__ = ["VERSION", "Decoder", "Encoder", "Portion", "Region", "Storage", "dump_schema", "envelope", "load_schema"]
+__all__ = ["VERSION", "Decoder", "Encoder", "dump_schema", "envelope", "load_schema"]
 
 VERSION = 1
 _FORMAT = "stowplan snapshot"
 _SEQUENCES: dict[str, type] = {"list": list, "tuple": tuple, "size": torch.Size, "set": set, "frozenset": frozenset}
 _MAPPINGS: dict[str, type] = {"dict": dict, "ordered": OrderedDict, "counter": Counter}
 _TAG_OF = {kind: tag for tag, kind in (*_SEQUENCES.items(), *_MAPPINGS.items())}
-
-
-class Storage(NamedTuple):
-    """What makes two tensors the same bytes."""
-
-    device: torch.device
-    address: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-    @classmethod
-    def of(cls, tensor: torch.Tensor) -> Storage:
-        """Of a plain tensor with elements."""
-        return cls(tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
-
-
-class Portion(NamedTuple):
-    """What a snapshot has of a replicated tensor: ``length`` of the share's dimension; ``owned`` as of leaves."""
-
-    share: Share
-    length: int
-    owned: bool
-
-    def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """That part of it."""
-        return tensor.narrow(self.share.dim, self.share.begin, self.length)
-
-
-class Region:
-    """Tensors one after the other, each at a multiple of 64 bytes; what shares memory shares its bytes."""
-
-    def __init__(self) -> None:
-        self.tensors: list[torch.Tensor] = []
-        self.offsets: list[int] = []
-        self.num_bytes = 0
-        self._places: dict[Storage, int] = {}
-
-    def place(self, tensor: torch.Tensor) -> int:
-        """Where it begins; 0 for what has no bytes."""
-        if not tensor.numel():
-            return 0
-        memory = Storage.of(tensor)
-        if memory not in self._places:
-            self._places[memory] = self.num_bytes
-            self.tensors.append(tensor)
-            self.offsets.append(self.num_bytes)
-            self.num_bytes += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-        return self._places[memory]
 
 
 class Encoder:
@@ -104,7 +56,7 @@ class Encoder:
 
     def __init__(self, portions: Mapping[str, Portion] | None = None) -> None:
         self.owned = self.sharded = True
-        self.own, self.shares = Region(), Region()
+        self.own, self.shares = Payload(), Payload()
         self._portions = portions or {}
         self._moving: list[dict[str, Any]] = []
 
@@ -182,7 +134,7 @@ class Encoder:
 
     def leaf(self, tensor: torch.Tensor, path: str) -> Leaf:
         """A place for a tensor's bytes; the one that it has, if the same memory was met before."""
-        shard, owned, share, region = None, self.owned, None, self.own
+        shard, owned, share, payload = None, self.owned, None, self.own
         tensor = tensor.detach()
         if isinstance(tensor, DTensor):
             if not self.sharded:
@@ -213,8 +165,8 @@ class Encoder:
         tensor = tensor.resolve_conj().resolve_neg()
         portion = self._portions.get(path) if self.sharded else None
         if portion is not None:
-            tensor, share, owned, region = portion.of(tensor), portion.share, portion.owned, self.shares
-        return Leaf(tensor.dtype, tuple(tensor.shape), region.place(tensor), tensor.device.type, owned, shard, share)
+            tensor, share, owned, payload = portion.of(tensor), portion.share, portion.owned, self.shares
+        return Leaf(tensor.dtype, tuple(tensor.shape), payload.place(tensor), tensor.device.type, owned, shard, share)
 
 
 class Decoder:

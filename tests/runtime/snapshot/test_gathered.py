@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -22,8 +25,10 @@ from stowplan.runtime.snapshot.leaf import Leaf
 from stowplan.runtime.snapshot.place import Agreement
 from stowplan.runtime.snapshot.restore import reshard, restore
 from stowplan.runtime.snapshot.shares import agreed_portions
+from stowplan.runtime.snapshot.snapshotter import Snapshotter
 from stowplan.runtime.snapshot.state import TrainingState, size_bytes
 from tests.distributed import Ranks
+from tests.runtime.snapshot.conftest import eventually
 from tests.runtime.snapshot.replicated import OPTIMIZERS, Replicated, piece_of
 from tests.runtime.snapshot.trainings import Training
 
@@ -130,6 +135,46 @@ def test_replicas_of_shards_are_divided_too(ranks4: Ranks) -> None:
         assert exact
         assert same
         assert num_bytes < whole_bytes
+
+
+# ---- with all that belongs to a training -----------------------------------------------------------------------------
+def lose_a_node(rank: int, sockets: Path, nodes: str) -> tuple[int, int, list[bool], int]:
+    os.environ |= {"XDG_RUNTIME_DIR": str(sockets), "STOWPLAN_JOB_TOKEN": "a token for this test only"}
+
+    def snapshotter(training: Replicated) -> Snapshotter:
+        parts = {"model": training.model, "optimizer": training.optimizer, "extras": {"data": training.data}}
+        return Snapshotter(**parts, run="job-1", node=nodes[rank], idle_seconds=60)
+
+    first = Replicated()
+    first.run(SNAPSHOT_AT)
+    with snapshotter(first) as snapshots:
+        assert snapshots.restore() is None
+        saved = snapshots.save(first.step)
+        assert snapshots.wait()
+        lost = snapshots.status().memory.pid
+        losses, ended = first.run(NUM_STEPS), first.fingerprint()
+    dist.barrier()
+    if len(set(nodes)) > 1 and rank == 1:
+        os.kill(lost, signal.SIGKILL)
+        eventually(lambda: not Path(f"/proc/{lost}/cmdline").exists())
+    dist.barrier()
+    second = Replicated(seed=9)
+    with snapshotter(second) as snapshots:
+        restored = snapshots.restore()
+        second.step = restored.step
+        same = [restored.exact, second.run(NUM_STEPS) == losses, second.fingerprint() == ended]
+        return saved.num_bytes, size_bytes(first.state()), same, snapshots.status().memory.pid
+
+
+@pytest.mark.parametrize("nodes", ["aaaa", "abcd"])
+def test_a_training_that_lost_a_node_goes_on_to_the_last_bit(ranks4: Ranks, nodes: str) -> None:
+    with tempfile.TemporaryDirectory(prefix="stow") as sockets:
+        answers = ranks4.run(lose_a_node, Path(sockets), nodes)
+        for pid in {pid for *_, pid in answers}:
+            os.kill(pid, signal.SIGKILL)
+    for num_bytes, whole_bytes, same, _ in answers:
+        assert all(same)
+        assert num_bytes < whole_bytes / 2  # a fourth, the schema, and what each rank has for itself
 
 
 # ---- what differs ----------------------------------------------------------------------------------------------------
@@ -242,6 +287,16 @@ def test_a_share_alone_is_refused(ranks: Ranks) -> None:
     with pytest.raises(InvalidSnapshot, match="these are not of one snapshot"):
         restore(schema, one[1], training.state(), [Piece(*other)])
     assert training.fingerprint() == before
+
+
+@pytest.mark.parametrize("wrong", [{"begin": 10**6}, {"dim": 5}, {"whole": 1}, {"begin": -1}, {"family": None}])
+def test_a_share_that_cannot_be_is_refused(ranks: Ranks, wrong: dict[str, int]) -> None:
+    (one, _), _ = ranks.run(two)
+    schema = json.loads(one[0])
+    model = dict(schema["state"]["dict"])["model"]["dict"]
+    dict(model)["up.weight"]["tensor"]["share"].update(wrong)
+    with pytest.raises(InvalidSnapshot, match=r"model\.up\.weight cannot be read"):
+        restore(schema, one[1], Replicated(plain=True).state())
 
 
 def write(rank: int, directory: Path, kind: str) -> tuple[dict[str, bytes], int]:
