@@ -29,8 +29,7 @@ from stowplan.runtime.snapshot.layout import Coding, Geometry, payload_offset
 from stowplan.runtime.snapshot.limits import SnapshotLimits
 from stowplan.runtime.snapshot.memory import Region
 from stowplan.runtime.snapshot.messages import Attached, Begun, Done, Skipped, SlotStatus, Status
-from stowplan.runtime.snapshot.process import IDLE_SECONDS, LOOPBACK
-from stowplan.runtime.snapshot.protocol import close_all
+from stowplan.runtime.snapshot.protocol import IDLE_SECONDS, LOOPBACK, close_all
 from stowplan.runtime.snapshot.schema import Schema, schema_from_bytes, schema_to_bytes
 from stowplan.runtime.snapshot.slots import State
 
@@ -94,6 +93,9 @@ class SnapshotClient:
         SnapshotMemoryUnavailable, which names the size, before any is taken.
         """
         request = messages.Reserve(self.rank, data_bytes, parity_bytes, coding or Coding())
+        known = self._attached and (self._attached.data_bytes, self._attached.parity_bytes, self._attached.coding)
+        if known != (data_bytes, parity_bytes, request.coding):
+            self._let_go()  # of smaller memory before there is more
         self._connection.ask(request, Attached, timeout_seconds=None)
         self._attach()
 
@@ -102,12 +104,15 @@ class SnapshotClient:
         """All of this rank's memory, as it is mapped here. Raises SnapshotRefused ("order"): none is reserved."""
         return self._mapped()[1].view
 
-    def adopt(self) -> None:
-        """Give this rank's memory to a new memory process, after the former one was lost; one is started if need be."""
+    def adopt(self) -> bool:
+        """Give this rank's memory to a new memory process, after the former one was lost; one is started if need be.
+
+        Whether the memory is mapped anew, as it was given back already: what page-locked it has to do so again.
+        """
         self._connection.close()
         self._connection = self._connect()
         if self._region is None:
-            return
+            return False
         attached, region = self._mapped()
         request = messages.Adopt(self.rank, attached.data_bytes, attached.parity_bytes, attached.coding)
         try:
@@ -116,6 +121,8 @@ class SnapshotClient:
             if refused.reason != "busy":
                 raise
             self._attach()  # an agent, or an earlier call, has given it back already
+            return True
+        return False
 
     # ---- writing ----
     def begin(self, sequence: int, step: int, schema: Schema, *, kept: int = 0) -> Writing | Skipped:
@@ -241,11 +248,14 @@ class SnapshotClient:
 
         While parts of a payload are still held, the memory stays mapped, and no other process may write it.
         """
+        self._let_go()
+        self._connection.close()
+
+    def _let_go(self) -> None:
         if self._region is not None and self._region.close():
             with contextlib.suppress(SnapshotProcessUnavailable, SnapshotRefused):  # gone, or fenced off
                 self._connection.ask(messages.Detach(self.rank), Done)
-            self._region = None
-        self._connection.close()
+        self._region = self._attached = None
 
     def _connect(self) -> Connection:
         return start_or_connect(

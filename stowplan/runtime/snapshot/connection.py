@@ -23,7 +23,7 @@ from stowplan.core.errors import (
 from stowplan.runtime.snapshot import messages, protocol
 from stowplan.runtime.snapshot.locks import FileLock
 from stowplan.runtime.snapshot.messages import Answer, Request
-from stowplan.runtime.snapshot.process import IDLE_SECONDS, LOOPBACK
+from stowplan.runtime.snapshot.protocol import IDLE_SECONDS, LOOPBACK
 
 __all__ = ["Connection", "connect", "start_or_connect"]
 

@@ -58,6 +58,7 @@ __all__ = [
     "own_name",
     "part_name",
     "prune",
+    "step_of",
     "verify",
     "write_part",
 ]
@@ -144,6 +145,11 @@ def finish(directory: str | Path, step: int, world_size: int, *, attempt: int = 
 def copy_path(directory: str | Path, step: int) -> Path:
     """Where the complete copy of a step is, or will be."""
     return Path(directory) / f"step_{step:012}"
+
+
+def step_of(copy: Path) -> int:
+    """The step that a complete copy, by the name of its directory, is of."""
+    return int(copy.name.removeprefix("step_"))
 
 
 def good_copies(directory: str | Path) -> list[Path]:

@@ -13,9 +13,11 @@ from stowplan.runtime.snapshot.contents import Piece
 from stowplan.runtime.snapshot.gathered import gather_pieces
 from stowplan.runtime.snapshot.layouts import Found, RankLayout
 from stowplan.runtime.snapshot.members import Member
+from stowplan.runtime.snapshot.memory import check_available
 from stowplan.runtime.snapshot.place import Agreement
+from stowplan.runtime.snapshot.state_schema import load_schema
 
-__all__ = ["all_pieces", "newest_first", "taken_over"]
+__all__ = ["all_pieces", "newest_first", "own_piece", "taken_over"]
 
 
 def newest_first(found: Sequence[Found]) -> list[RankLayout]:
@@ -58,8 +60,27 @@ def taken_over(
     }
 
 
-def all_pieces(agreement: Agreement, pieces: Sequence[Piece]) -> list[Piece]:
-    """All ranks' pieces on every rank, which takes memory for all of them."""
+def own_piece(agreement: Agreement, piece: Piece) -> Piece:
+    """That of this rank, where ranks may have others' as nodes have changed places; all ranks have one."""
+    ranks = agreement.together("reading snapshots", lambda: int(load_schema(piece.schema)["rank"]))
+    if ranks[agreement.rank] == agreement.rank or sorted(ranks) != list(range(agreement.world_size)):
+        wanted = {agreement.rank}
+    else:
+        wanted = {ranks.index(agreement.rank)}
+    if all(rank == place for place, rank in enumerate(ranks)):
+        return piece
+    (own,) = gather_pieces(agreement, piece, wanted)
+    return own
+
+
+def all_pieces(agreement: Agreement, pieces: Sequence[Piece], local_size: int) -> list[Piece]:
+    """All ranks' pieces on every rank, which takes memory for all of them.
+
+    Raises SnapshotMemoryUnavailable: the host of ``local_size`` ranks has not so much.
+    """
+    sizes = agreement.gather(sum(memoryview(piece.buffer).nbytes for piece in pieces))
+    purpose = f"all ranks' snapshots, on each of this node's {local_size} ranks while they are restored,"
+    agreement.together("looking for memory", lambda: check_available(sum(sizes) * local_size, purpose))
     found: list[Piece] = []
     for index in range(max(agreement.gather(len(pieces)))):
         found += gather_pieces(agreement, pieces[index] if index < len(pieces) else None)

@@ -8,7 +8,7 @@ snapshot. So a memory process is named by its node and its layout: ``node-0.2x4-
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from stowplan.runtime.snapshot.connection import connect
 from stowplan.runtime.snapshot.messages import GetStatus, Status
 from stowplan.runtime.snapshot.slots import State
 
-__all__ = ["Found", "RankLayout", "memory_on", "node_of", "processes_on"]
+__all__ = ["Found", "RankLayout", "memory_on", "node_of", "numbered", "processes_on"]
 
 _SUFFIX = re.compile(r"(\d+)x(\d+)(?:-([a-z0-9]+)-(\d+))?(?:\.\d+)?")
 
@@ -62,6 +62,7 @@ class Found:
     """Memory of a node of a layout: ``index`` of the node in its group, ``data_bytes`` reserved for each rank's slot.
 
     ``newest``: generation and number of the newest snapshot of which a rank has all data; None where there is none.
+    ``counted``: whether any may have been complete on all ranks, as it was LOCAL on all nodes (PARITY here).
     """
 
     layout: RankLayout
@@ -69,6 +70,27 @@ class Found:
     index: int
     data_bytes: int
     newest: tuple[int, int] | None
+    counted: bool = False
+
+
+def numbered(nodes: Sequence[str], layout: RankLayout, found: Mapping[str, Sequence[Found]]) -> dict[str, int]:
+    """The number of each node in its group: the one that its memory was reserved with, a free one for newcomers.
+
+    So it does not matter in which order a launcher takes nodes after one was replaced. Where two claim the same number
+    the one with the newer snapshot has it.
+    """
+    claims = [
+        (each.newest or (-1, -1), node, each.index)
+        for node in nodes
+        for each in found.get(node, ())
+        if each.layout == layout and each.process == layout.process(node) and each.index < len(nodes)
+    ]
+    numbers: dict[str, int] = {}
+    for _, node, index in sorted(claims, key=lambda claim: claim[0], reverse=True):
+        if index not in numbers.values():
+            numbers[node] = index
+    free = iter(sorted(set(range(len(nodes))) - set(numbers.values())))
+    return {node: numbers[node] if node in numbers else next(free) for node in nodes}
 
 
 def node_of(process: str) -> str:
@@ -86,9 +108,9 @@ def processes_on(run: str, node: str, directory: Path | None = None) -> Iterator
             continue
         try:
             connection = connect(run, path.stem.rpartition("@")[2], directory=directory)
-        except SnapshotProcessUnavailable:  # it was killed, and its socket is left
+            status, _ = connection.ask(GetStatus(), Status)
+        except SnapshotProcessUnavailable:  # it was killed, and its socket is left, or it is ending
             continue
-        status, _ = connection.ask(GetStatus(), Status)
         connection.close()
         yield layout, status
 
@@ -102,5 +124,6 @@ def memory_on(run: str, node: str, directory: Path | None = None) -> list[Found]
         complete = [slot for rank in status.ranks for slot in rank.slots if slot.state >= State.LOCAL]
         newest = max(((slot.generation, slot.sequence) for slot in complete), default=None)
         data_bytes = max(rank.data_bytes for rank in status.ranks)
-        found.append(Found(layout, status.node, status.ranks[0].coding.index, data_bytes, newest))
+        counted = any(slot.state >= State.PARITY for slot in complete)
+        found.append(Found(layout, status.node, status.ranks[0].coding.index, data_bytes, newest, counted))
     return found

@@ -87,8 +87,8 @@ class Members:
 
         self._agreement.together("connecting the exchange of snapshots", meet)
 
-    def recovered(self, newest_on_disk: str) -> int:
-        """The newest snapshot that all members can have, which they have afterwards.
+    def recovered(self, newest_on_disk: str) -> tuple[int, int]:
+        """Number and step of the newest snapshot that all members can have, which they have afterwards.
 
         Raises UnrecoverableSnapshot, on all ranks.
         """
@@ -98,13 +98,13 @@ class Members:
             lost = [each for each in found if isinstance(each, UnrecoverableSnapshot)]
             if lost:
                 raise next((each for each in words[self._agreement.rank] if isinstance(each, Exception)), lost[0])
-            have = [each for each in found if isinstance(each, frozenset)]
+            have = [each for each in found if isinstance(each, frozenset)]  # of numbers and steps
             common = frozenset.intersection(*have)
             if not common and (self._code is None or not all(have)):
                 stands = self._code.stands if self._code else "one node alone has no parity"
                 raise UnrecoverableSnapshot(["some rank's bytes of each snapshot"], stands)
             target = max(common) if common else min(max(each) for each in have)
-            self._agreement.together("going back to a common snapshot", partial(self._roll_back, target))
+            self._agreement.together("going back to a common snapshot", partial(self._roll_back, target[0]))
             if common:
                 return target
         raise AssertionError
@@ -114,31 +114,36 @@ class Members:
 
         Raises UnrecoverableSnapshot, on all ranks, where any is damaged.
         """
+        pieces: list[Piece] = []
 
-        def read(client: SnapshotClient) -> Piece | UnrecoverableSnapshot:
-            try:
-                schema, payload = client.read(sequence)
-            except UnrecoverableSnapshot as error:
-                return error
-            return Piece(schema.values, payload)
+        def read_all() -> list[str]:
+            found = self._each(lambda client: self._piece(client, sequence))
+            pieces.extend(each for each in found if each is not None)
+            return [
+                f"node {member.node}'s rank {member.rank}'s bytes of snapshot {sequence}"
+                for member, each in zip(self.clients, found, strict=True)
+                if each is None
+            ]
 
-        found = self._each(read)
-        names = [
-            f"node {member.node}'s rank {member.rank}'s bytes of snapshot {sequence}"
-            for member, each in zip(self.clients, found, strict=True)
-            if isinstance(each, UnrecoverableSnapshot)
-        ]
-        bad = [name for words in self._agreement.gather(names) for name in words]
+        bad = [name for words in self._agreement.together("reading snapshots", read_all) for name in words]
         if bad:
             raise UnrecoverableSnapshot(bad, "they were damaged since they were recovered")
-        return [each for each in found if isinstance(each, Piece)]
+        return pieces
 
     def close(self) -> None:
         """Let go of all memory; it stays with the memory processes."""
         for client in self.clients.values():
             client.close()
 
-    def _attempt(self, newest_on_disk: str, attempt: int) -> list[frozenset[int] | UnrecoverableSnapshot]:
+    @staticmethod
+    def _piece(client: SnapshotClient, sequence: int) -> Piece | None:
+        try:
+            schema, payload = client.read(sequence)
+        except UnrecoverableSnapshot:
+            return None
+        return Piece(schema.values, payload)
+
+    def _attempt(self, newest_on_disk: str, attempt: int) -> list[frozenset[tuple[int, int]] | UnrecoverableSnapshot]:
         return self._each(lambda client: self._recover(client, newest_on_disk, attempt))
 
     def _roll_back(self, sequence: int) -> None:
@@ -147,13 +152,14 @@ class Members:
 
     def _recover(
         self, client: SnapshotClient, newest_on_disk: str, attempt: int
-    ) -> frozenset[int] | UnrecoverableSnapshot:
-        """Snapshots that a member has whole; with a code the one that its group has now."""
+    ) -> frozenset[tuple[int, int]] | UnrecoverableSnapshot:
+        """Number and step of snapshots that a member has whole; with a code the one that its group has now."""
         try:
             if self._code is None:
                 slots = client.inspect()
-                return frozenset(s.sequence for s in slots if s.state >= State.LOCAL and not s.damaged_data)
-            return frozenset([client.recover(range(self._code.n), newest_on_disk, attempt).sequence])
+                return frozenset((s.sequence, s.step) for s in slots if s.state >= State.LOCAL and not s.damaged_data)
+            found = client.recover(range(self._code.n), newest_on_disk, attempt)
+            return frozenset([(found.sequence, found.step)])
         except UnrecoverableSnapshot as error:
             return error
 

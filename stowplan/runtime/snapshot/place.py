@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 
 from stowplan.core.errors import InvalidArgument, RankFailed, StowplanError
+from stowplan.runtime.snapshot.protocol import LOOPBACK
 
-__all__ = ["NODE_VARIABLE", "RUN_VARIABLE", "Agreement", "Place", "node_name", "run_name"]
+__all__ = ["NODE_VARIABLE", "RUN_VARIABLE", "Agreement", "Place", "node_name", "own_address", "run_name"]
 
 T = TypeVar("T")
 NODE_VARIABLE = "STOWPLAN_NODE"
@@ -23,16 +24,19 @@ RUN_VARIABLE = "STOWPLAN_RUN"
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A rank's. Nodes are numbered by their first ranks, so ranks have to be given to nodes in the same way again."""
+    """A rank's. ``nodes`` are their names, in the order of their first ranks."""
 
     rank: int
     world_size: int
     node: str
-    node_index: int
-    num_nodes: int
+    nodes: tuple[str, ...]
     local_rank: int
     local_size: int
     one_host: bool  # all nodes are
+
+    @property
+    def num_nodes(self) -> int:
+        return len(self.nodes)
 
 
 class Agreement:
@@ -84,8 +88,7 @@ class Agreement:
             rank=self.rank,
             world_size=self.world_size,
             node=node,
-            node_index=list(ranks).index(node),
-            num_nodes=len(ranks),
+            nodes=tuple(ranks),
             local_rank=ranks[node].index(self.rank),
             local_size=len(ranks[node]),
             one_host=len({host for _, host in names}) == 1,
@@ -111,6 +114,25 @@ def _tellable(failure: Exception | None) -> StowplanError | None:
 def node_name(given: str | None) -> str:
     """``given``, or STOWPLAN_NODE, or the host's name."""
     return given or os.environ.get(NODE_VARIABLE) or re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname())[:64]
+
+
+def own_address(one_host: bool) -> str:
+    """That of this host for the other nodes. Raises InvalidArgument: its name leads to itself only."""
+    if one_host:
+        return LOOPBACK
+    name = socket.gethostname()
+    try:
+        address = socket.gethostbyname(name)
+    except OSError as error:
+        raise InvalidArgument(
+            f"this host's name, {name!r}, has no address ({error}): give listen=, its own."
+        ) from error
+    if address.startswith("127."):
+        raise InvalidArgument(
+            f"this host's name, {name!r}, is {address} here, at which other nodes cannot reach it: give listen=, its "
+            f"address in the cluster's network."
+        )
+    return address
 
 
 def run_name(given: str | None) -> str:

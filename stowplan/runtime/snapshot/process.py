@@ -23,14 +23,14 @@ from stowplan.core.units import MIB
 from stowplan.runtime.snapshot import protocol
 from stowplan.runtime.snapshot.fail_points import arm
 from stowplan.runtime.snapshot.group_coder import GroupCoder
+from stowplan.runtime.snapshot.layouts import node_of
 from stowplan.runtime.snapshot.locks import FileLock
+from stowplan.runtime.snapshot.protocol import IDLE_SECONDS, LOOPBACK
 from stowplan.runtime.snapshot.server import Server
 from stowplan.runtime.snapshot.store import Store
 
-__all__ = ["IDLE_SECONDS", "LOOPBACK", "main"]
+__all__ = ["main"]
 
-IDLE_SECONDS = 600.0
-LOOPBACK = "127.0.0.1"
 _LOG = logging.getLogger("stowplan.runtime.snapshot")
 
 
@@ -68,8 +68,6 @@ def _serve(options: argparse.Namespace, files: protocol.Files, tell: int) -> int
         if not lock.acquire(blocking=False):
             _tell(tell, "ready")  # another one serves
             return 0
-        from stowplan.runtime.snapshot.layouts import node_of  # which imports this module
-
         arm(node_of(options.node))
         coder = GroupCoder(options.run, options.listen)
         store = Store(options.run, options.generation, options.num_ranks, coder)

@@ -22,7 +22,9 @@ from stowplan.core.errors import SnapshotRefused
 from stowplan.runtime.snapshot.messages import check_name
 
 __all__ = [
+    "IDLE_SECONDS",
     "LONGEST_MESSAGE_BYTES",
+    "LOOPBACK",
     "Closed",
     "Peer",
     "check_peer",
@@ -35,6 +37,8 @@ __all__ = [
 ]
 
 LONGEST_MESSAGE_BYTES = 1 << 20
+IDLE_SECONDS = 600.0  # for which a memory process stays without anybody connected, unless told otherwise
+LOOPBACK = "127.0.0.1"  # where its exchange listens, unless told otherwise
 _MOST_DESCRIPTORS = 4
 _LONGEST_PATH_BYTES = 107  # sun_path, less its zero
 _LENGTH = struct.Struct("<I")

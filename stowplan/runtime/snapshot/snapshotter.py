@@ -15,49 +15,60 @@ rank ends the call on all.
 from __future__ import annotations
 
 import contextlib
-import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from stowplan.core.errors import (
     InvalidArgument,
+    InvalidSnapshot,
     RankFailed,
+    SnapshotMemoryUnavailable,
     SnapshotProcessUnavailable,
     SnapshotRefused,
+    StowplanError,
     UnrecoverableSnapshot,
 )
 from stowplan.runtime.snapshot.authentication import JobToken
 from stowplan.runtime.snapshot.client import SnapshotClient, Writing
-from stowplan.runtime.snapshot.codes import Name, code_for
-from stowplan.runtime.snapshot.connection import start_or_connect
+from stowplan.runtime.snapshot.codes import Code, Name, code_for
 from stowplan.runtime.snapshot.contents import Piece
-from stowplan.runtime.snapshot.disk import newest_complete
+from stowplan.runtime.snapshot.disk import good_copies, step_of
 from stowplan.runtime.snapshot.disk_restore import restore_from_disk
 from stowplan.runtime.snapshot.disk_tier import DiskStatus, DiskTier
 from stowplan.runtime.snapshot.fail_points import arm, fail_at
-from stowplan.runtime.snapshot.former import all_pieces, newest_first, taken_over
+from stowplan.runtime.snapshot.former import all_pieces, newest_first, own_piece, taken_over
 from stowplan.runtime.snapshot.gathered import restore_shares
 from stowplan.runtime.snapshot.interval import Timetable
-from stowplan.runtime.snapshot.layouts import Found, RankLayout, memory_on, processes_on
+from stowplan.runtime.snapshot.job_processes import JobProcesses
+from stowplan.runtime.snapshot.layouts import Found, RankLayout, numbered
 from stowplan.runtime.snapshot.limits import SnapshotLimits
 from stowplan.runtime.snapshot.members import Member, Members
+from stowplan.runtime.snapshot.memory import check_available
 from stowplan.runtime.snapshot.messages import RankStatus, Status
 from stowplan.runtime.snapshot.pinning import page_locked
-from stowplan.runtime.snapshot.place import Agreement, node_name, run_name
-from stowplan.runtime.snapshot.process import IDLE_SECONDS, LOOPBACK
-from stowplan.runtime.snapshot.reservation import with_reserve
+from stowplan.runtime.snapshot.place import Agreement, node_name, own_address, run_name
+from stowplan.runtime.snapshot.protocol import IDLE_SECONDS
+from stowplan.runtime.snapshot.reservation import Reservation, with_reserve
 from stowplan.runtime.snapshot.restore import Restored, reshard
 from stowplan.runtime.snapshot.schema import Schema
 from stowplan.runtime.snapshot.shares import agreed_portions
 from stowplan.runtime.snapshot.sizes import described, expected_bytes
 from stowplan.runtime.snapshot.slots import State
+from stowplan.runtime.snapshot.standing import DiskStanding, MemoryStanding, Standing, most
 from stowplan.runtime.snapshot.state import Flat, TrainingState, flatten
 
 __all__ = ["Saved", "Snapshotter", "SnapshotterStatus"]
+
+_LONGEST_PAUSE_SECONDS = 60.0
+_NO_COPY = (
+    "There is no copy on disk to go on from either. To begin anew, give up what is left (stowplan snapshots end --run "
+    "{run}), or give another run=."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,25 +94,6 @@ class SnapshotterStatus:
     last: Saved | None
     memory: Status | None
     disk: DiskStatus | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Standing:
-    """How this rank's snapshots stand, for all ranks."""
-
-    needed_bytes: int
-    pending: bool = False
-    newest: int = 0
-    complete: int = 0  # the newest that is GLOBAL
-    trouble: str = ""  # with the memory process
-    reachable: bool = True
-    writing_step: int | None = None  # to disk
-    failed_step: int | None = None  # to be written to disk
-    read: int = 0  # number of the snapshot that is being read for the disk
-    read_late: bool = False
-    blocking_seconds: float | None = None
-    total_seconds: float | None = None
-    step_seconds: float | None = None
 
 
 class Snapshotter:
@@ -160,24 +152,17 @@ class Snapshotter:
         self._agreement = Agreement()
         self.place = place = self._agreement.place(node_name(node))
         code_of_job = code_for(place.num_nodes, m, code) if place.num_nodes > 1 else None
-        self._layout = RankLayout.of(place.num_nodes, place.local_size, code_of_job)
-        self._idle_seconds = idle_seconds
-        self._listen = listen or (LOOPBACK if place.one_host else socket.gethostbyname(socket.gethostname()))
-        self.run = ""
-        self.generation = max(self._agreement.together("starting memory processes", lambda: self._started(run))) + 1
-        own = Member(place.node_index, place.local_rank)
-        process = self._layout.process(place.node)
-        clients: dict[Member, SnapshotClient] = {}
-
-        def connect() -> None:
-            clients[own] = self._connected(process, place.local_rank, place.local_size)
-
-        self._agreement.together("connecting to memory processes", connect)  # all are of the new generation then
-        self._client = clients[own]
-        self._members = Members(self._agreement, clients, code_of_job, self._limits)
+        layout = RankLayout.of(place.num_nodes, place.local_size, code_of_job)
+        self._processes = JobProcesses("", place, layout, "", idle_seconds)
+        starting = self._agreement.together("starting memory processes", lambda: self._started(run, listen))
+        self.run, self.generation = self._processes.run, max(starting)
+        self._processes.generation = self.generation
+        self._client, self._members = self._joined(code_of_job)
         self._former: Members | None = None  # of another layout, until there is a snapshot of this one
         self._capacity_bytes = 0
-        self._unlock: Callable[[], object] = lambda: None
+        self._unlock: Callable[[], object] | None = None
+        self._unmet = False  # whether the exchange between nodes has to be connected anew
+        self._rejoin_at = self._rejoin_seconds = 0.0
         self._directory = Path(directory) if directory else None
         self._disk: DiskTier | None = None
         self._on_disk = 0  # number of the snapshot that was last offered to the disk
@@ -210,7 +195,7 @@ class Snapshotter:
         portions = agreed_portions(self._agreement, state) if self._may_be_replicated else None
         self._may_be_replicated = portions is not None
 
-        def prepare() -> _Standing:
+        def prepare() -> Standing:
             flat = flatten(state, portions)
             text, schema, needed_bytes = described(flat)
             made.append((flat, text, schema))
@@ -220,8 +205,7 @@ class Snapshotter:
         try:
             reason = self._taken(step, words, *made[0])
         except (SnapshotProcessUnavailable, RankFailed) as error:
-            failures = error.failures.values() if isinstance(error, RankFailed) else [error]
-            if not all(isinstance(each, SnapshotProcessUnavailable) for each in failures):
+            if not _is(error, SnapshotProcessUnavailable):
                 raise
             reason = f"a memory process was lost meanwhile: {error}"
         num_bytes = 0 if reason else words[self.place.rank].needed_bytes
@@ -231,80 +215,105 @@ class Snapshotter:
         self._last = saved
         return saved
 
-    def _taken(self, step: int, words: list[_Standing], flat: Flat, text: str, schema: Schema) -> str:
+    def _taken(self, step: int, words: list[Standing], flat: Flat, text: str, schema: Schema) -> str:
         """Take it, if it can be; why it was not."""
-        complete = min(word.complete for word in words)
-        if self._former is not None and complete:
+        complete = min(word.memory.complete for word in words)
+        if all(word.memory.current for word in words):
             self._end_former()
         reason, kept = self._late(words, complete)
         if reason:
             return reason
-        self._timetable.plan(step, *(_most(words, f"{kind}_seconds") for kind in ("blocking", "total", "step")))
-        if any(word.newest > complete for word in words):
+        self._timetable.plan(
+            step, most([word.memory.blocking_seconds for word in words]),
+            most([word.memory.total_seconds for word in words]), most([word.step_seconds for word in words]),
+        )  # fmt: skip
+        if any(word.memory.newest > complete for word in words):
             self._agreement.together("discarding a snapshot", lambda: self._client.roll_back(complete))
         needed_bytes = max(word.needed_bytes for word in words)
         if needed_bytes > self._capacity_bytes:
+            if reason := self._too_large(needed_bytes):
+                return reason
             self._reserve(needed_bytes)
             kept = 0
-        sequence = max(word.newest for word in words) + 1
+        sequence = max(word.memory.newest for word in words) + 1
         writing = self._client.begin(sequence, step, schema, kept=kept)
         if not isinstance(writing, Writing):
             raise SnapshotRefused("order", f"snapshot {sequence} cannot begin, though all were complete: {writing}.")
-        fail_at("copy.begin")
-        flat.copy_into(writing.payload)
-        fail_at("copy.end")
+        try:
+            fail_at("copy.begin")
+            flat.copy_into(writing.payload)
+            fail_at("copy.end")
+        except BaseException:
+            with contextlib.suppress(StowplanError):
+                self._client.abandon(sequence)
+            raise
         self._client.commit(sequence)
         fail_at("commit.end")
         if self._disk and step % self._disk_interval == 0:
-            if any(word.writing_step is not None for word in words):
-                self._disk.skip()
-                for failed in (word.failed_step for word in words):
-                    self._disk.give_up(-1 if failed is None else failed)  # that part of it will not come
-            else:
-                self._on_disk = sequence
-                self._disk.offer([Piece(text, writing.payload)])
+            self._offer(self._disk, sequence, Piece(text, writing.payload), words)
         return ""
 
-    def _standing(self, needed_bytes: int) -> _Standing:
-        trouble = ""
+    def _offer(self, disk: DiskTier, sequence: int, piece: Piece, words: list[Standing]) -> None:
+        """A copy on disk, unless some rank is not done with the one before."""
+        if all(word.disk.writing_step is None for word in words):
+            self._on_disk = sequence
+            disk.offer([piece])
+            return
+        disk.skip()
+        for failed in (word.disk.failed_step for word in words):
+            disk.give_up(-1 if failed is None else failed)  # that part of it will not come
+
+    def _standing(self, needed_bytes: int) -> Standing:
+        trouble, own = "", None
         try:
             own = self._own()
         except SnapshotProcessUnavailable as lost:
             try:
-                self._client.adopt()
-                own = self._own()
-                trouble = "a memory process was lost, and its memory is being checked"
-            except SnapshotProcessUnavailable as error:
-                trouble = f"no memory process on node {self.place.node}: {lost} {error}"
-                return _Standing(needed_bytes, trouble=trouble, reachable=False)
-        slots = own.slots if own else ()
-        reading = self._disk.reading_seconds if self._disk else None
-        return _Standing(
-            needed_bytes=needed_bytes,
-            pending=any(State.FREE < slot.state < State.GLOBAL for slot in slots),
-            newest=max((slot.sequence for slot in slots), default=0),
-            complete=max((slot.sequence for slot in slots if slot.state is State.GLOBAL), default=0),
-            trouble=trouble,
-            writing_step=self._disk.status.writing if self._disk else None,
-            failed_step=self._disk.status.failed_step if self._disk else None,
-            read=self._on_disk if reading is not None else 0,
-            read_late=reading is not None and reading > self._disk_patience_seconds,
-            blocking_seconds=own.blocking_seconds if own else None,
-            total_seconds=own.total_seconds if own else None,
+                own = self._rejoined(lost)
+            except (SnapshotProcessUnavailable, SnapshotRefused, OSError) as error:
+                if isinstance(error, SnapshotRefused) and error.reason == "generation":
+                    raise
+                trouble = f"no memory process on node {self.place.node}: {error}"
+                return Standing(needed_bytes, trouble=trouble, reachable=False)
+            trouble = "a memory process was lost, and its memory is being checked"
+        if self._unmet:
+            trouble = trouble or "the exchange between nodes is not connected"
+        return Standing(
+            needed_bytes,
+            MemoryStanding.of(own, self.generation),
+            DiskStanding.of(self._disk, self._on_disk, self._disk_patience_seconds),
+            trouble,
             step_seconds=self._timetable.step_seconds,
         )
 
-    def _late(self, words: list[_Standing], complete: int) -> tuple[str, int]:
+    def _rejoined(self, lost: SnapshotProcessUnavailable) -> RankStatus | None:
+        """A new memory process has this rank's memory. After failures it is not tried again at once."""
+        now = time.monotonic()
+        if now < self._rejoin_at:
+            raise SnapshotProcessUnavailable(f"{lost} It is tried again in {self._rejoin_at - now:.0f} s.")
+        self._rejoin_seconds = min(_LONGEST_PAUSE_SECONDS, max(1.0, 2 * self._rejoin_seconds))
+        self._rejoin_at = now + self._rejoin_seconds
+        if self._client.adopt() and self._unlock:  # another mapping of the same memory
+            self._unlock = page_locked(self._client.memory)
+        self._rejoin_at = self._rejoin_seconds = 0.0
+        return self._own()
+
+    def _late(self, words: list[Standing], complete: int) -> tuple[str, int]:
         """Why no snapshot can be taken now; else the number of one to be kept. The same on all ranks."""
         if troubles := [word.trouble for word in words if word.trouble]:
             if self._capacity_bytes and all(word.reachable for word in words):
-                self._members.meet()
+                self._unmet = True
+                try:
+                    self._members.meet()
+                except StowplanError as error:
+                    return f"{troubles[0]}; {error}", 0
+                self._unmet = False
             return troubles[0], 0
-        lost = len({word.newest for word in words}) > 1  # by some rank, so it is discarded, not waited for
-        if any(word.pending for word in words) and not lost:
+        lost = len({word.memory.newest for word in words}) > 1  # by some rank, so it is discarded, not waited for
+        if any(word.memory.pending for word in words) and not lost:
             return "the snapshot before is not complete on all nodes", 0
-        kept = max(word.read for word in words)
-        if any(word.read_late for word in words) and self._disk:
+        kept = max(word.disk.read for word in words)
+        if any(word.disk.late for word in words) and self._disk:
             self._disk.overtake()
             kept = 0
         if kept > complete:
@@ -321,43 +330,75 @@ class Snapshotter:
         Raises UnrecoverableSnapshot: too much is lost, and there is no copy on disk; SnapshotMismatch, InvalidSnapshot:
         it is not of this training; SnapshotMemoryUnavailable.
         """
-        found = self._agreement.together("looking for snapshots", self._found)
-        copy = self._agreement.gather(newest_complete(self._directory) if self._directory else None)[0]
-        restored, lost = None, None
-        for layout in newest_first([each for own in found for each in own]):
+        found = self._agreement.together("looking for snapshots", self._processes.found)
+        everything = [each for own in found for each in own]
+        copies = self._agreement.together("looking for copies on disk", self._copies)[0]
+        restored, own, lost = None, False, None
+        for layout in newest_first(everything):
             try:
-                restored = self._restored(layout, found, str(copy or ""))
+                restored, own = self._from_memory(layout, found, copies)
                 break
             except UnrecoverableSnapshot as error:
                 lost = lost or error
-        into = TrainingState(**self._parts)
-        if restored is None and copy is not None:
-            restored = self._agreed("restoring from disk", lambda: restore_from_disk(copy, into))
+        if restored is None:
+            restored = self._from_disk(copies)
+        if restored is None and lost is not None and any(each.counted for each in everything):
+            raise UnrecoverableSnapshot(lost.lost, lost.stands, _NO_COPY.format(run=self.run))
+        if not own:  # what is held is older, or could not be had
             self._agreement.together("discarding snapshots", lambda: self._client.roll_back(0))
-        if restored is None and lost is not None:
-            raise lost
         self._reserve_before_training()
         return restored
 
-    def _restored(self, layout: RankLayout, found: list[list[Found]], newest_on_disk: str) -> Restored:
+    def _from_memory(self, layout: RankLayout, found: list[list[Found]], copies: list[Path]) -> tuple[Restored, bool]:
+        """Out of a layout's memory, unless a copy on disk is newer; whether it was this layout's."""
         capacity = max(each.data_bytes for own in found for each in own if each.layout == layout)
-        into = TrainingState(**self._parts)
-        if layout == self._layout:
+        members = self._members
+        if layout == self._processes.layout:
             self._reserve_exactly(capacity)
-            (piece,) = self._members.read(self._members.recovered(newest_on_disk))
+        else:
+            members = self._former = self._taken_over(layout, found)
+            members.reserve(capacity)
+        sequence, step = members.recovered(str(copies[0]) if copies else "")
+        if newer := [copy for copy in copies if step_of(copy) > step]:
+            with contextlib.suppress(InvalidSnapshot):
+                if restored := self._from_disk(newer):
+                    return restored, False
+        into = TrainingState(**self._parts)
+        pieces = members.read(sequence)
+        if members is self._members:
             fail_at("restore.begin")
-            restored = restore_shares(self._agreement, piece, into)
+            restored = restore_shares(self._agreement, own_piece(self._agreement, pieces[0]), into)
             fail_at("restore.end")
-            return restored
+            return restored, True
+        pieces = all_pieces(self._agreement, pieces, self.place.local_size)
+        return self._agreed("restoring", lambda: reshard(pieces, into)), False
+
+    def _taken_over(self, layout: RankLayout, found: list[list[Found]]) -> Members:
         place, clients = self.place, dict[Member, SnapshotClient]()
         self._agreement.together(
             "taking over a former layout's memory",
-            lambda: clients.update(taken_over(layout, found, place.rank, place.node, self._connected)),
+            lambda: clients.update(taken_over(layout, found, place.rank, place.node, self._processes.connected)),
         )
-        self._former = Members(self._agreement, clients, layout.code, self._limits)
-        self._former.reserve(capacity)
-        pieces = all_pieces(self._agreement, self._former.read(self._former.recovered(newest_on_disk)))
-        return self._agreed("restoring", lambda: reshard(pieces, into))
+        return Members(self._agreement, clients, layout.code, self._limits)
+
+    def _from_disk(self, copies: list[Path]) -> Restored | None:
+        """The first of them that is whole; None where there is none. Raises InvalidSnapshot where all are damaged."""
+        into = TrainingState(**self._parts)
+        problems = []
+        for copy in copies:
+            try:
+                return self._agreed("restoring from disk", partial(restore_from_disk, copy, into))
+            except (InvalidSnapshot, RankFailed) as error:
+                if not _is(error, InvalidSnapshot):
+                    raise
+                problems.append(str(error))
+        if problems:
+            raise InvalidSnapshot(f"no copy in {self._directory} is whole. {' '.join(problems)}")
+        return None
+
+    def _copies(self) -> list[Path]:
+        """Complete ones, the newest first; rank 0 looks."""
+        return good_copies(self._directory)[::-1] if self._directory and not self.place.rank else []
 
     def _agreed(self, doing: str, work: Callable[[], Restored]) -> Restored:
         made: list[Restored] = []
@@ -390,20 +431,18 @@ class Snapshotter:
         All ranks call it. Without it the memory processes end when nobody was connected for ``idle_seconds``.
         """
         if self._disk:
-            self._disk.wait()
+            self._disk.wait(self._disk_patience_seconds)
         self._agreement.gather(None)  # all have what they wanted
-        if self.place.local_rank == 0:
-            for _, status in processes_on(self.run, self.place.node):
-                with contextlib.suppress(SnapshotProcessUnavailable):
-                    self._connected(status.node, 0, status.num_ranks).end()
+        self._processes.end()
         self.close()
 
     def close(self) -> None:
         """Let go of the memory, which stays with its process, and end what is written to disk."""
         if self._disk:
             self._disk.close()
-        self._unlock()
-        self._unlock = lambda: None
+        if self._unlock:
+            self._unlock()
+            self._unlock = None
         if self._former:
             self._former.close()
         self._members.close()
@@ -417,29 +456,29 @@ class Snapshotter:
         self.close()
 
     # ---- memory ----
-    def _started(self, run: str | None) -> int:
-        """The newest generation that a memory process of this node has heard of; what is older is refused soon."""
-        self.run = run_name(run)
-        arm(self.place.node, self.place.rank)
-        if self._layout.code:
+    def _started(self, run: str | None, listen: str | None) -> int:
+        place, processes = self.place, self._processes
+        processes.run, processes.listen = run_name(run), listen or own_address(place.one_host)
+        arm(place.node, place.rank)
+        if processes.layout.code:
             JobToken.from_environment()  # before training, not when coding begins
-        place = self.place
-        connection = start_or_connect(
-            self.run, self._layout.process(place.node), None, place.local_size, idle_seconds=self._idle_seconds,
-            listen=self._listen,
-        )  # fmt: skip
-        connection.close()
-        return max(status.generation for _, status in processes_on(self.run, place.node))
+        return processes.start()
 
-    def _connected(self, process: str, local_rank: int, local_size: int) -> SnapshotClient:
-        return SnapshotClient(
-            self.run, local_rank, node=process, num_ranks=local_size, generation=self.generation,
-            idle_seconds=self._idle_seconds, listen=self._listen,
-        )  # fmt: skip
+    def _joined(self, code: Code | None) -> tuple[SnapshotClient, Members]:
+        """A client of this rank's memory, of the new generation; its node has the number that its memory has."""
+        processes, place = self._processes, self.place
+        made: list[SnapshotClient] = []
 
-    def _found(self) -> list[Found]:
-        """One rank of each node looks."""
-        return memory_on(self.run, self.place.node) if self.place.local_rank == 0 else []
+        def connect() -> tuple[str, list[Found]]:
+            made.append(processes.own())
+            return place.node, processes.found()
+
+        found = {node: each for node, each in self._agreement.together("joining memory processes", connect) if each}
+        index = numbered(place.nodes, processes.layout, found)[place.node]
+        if any(each.index != index for each in found.get(place.node, ()) if each.layout == processes.layout):
+            made[0].roll_back(0)  # another node has that number, with newer snapshots
+        clients = {Member(index, place.local_rank): made[0]}
+        return made[0], Members(self._agreement, clients, code, self._limits)
 
     def _own(self) -> RankStatus | None:
         ranks = self._client.status().ranks
@@ -451,13 +490,34 @@ class Snapshotter:
         if max(needed) > self._capacity_bytes:
             self._reserve(max(needed))
 
+    def _too_large(self, needed_bytes: int) -> str:
+        """Why there is no room for a state that has grown; what is held is not given up for it."""
+        if not self._capacity_bytes:
+            return ""
+        reading = self._disk is not None and self._disk.reading_seconds is not None
+        new, old = (
+            Reservation.of(each, self._processes.layout.code).total_bytes
+            for each in (with_reserve(needed_bytes), self._capacity_bytes)
+        )
+        more = (new if reading else new - old) * self.place.local_size
+        purpose = f"the state has outgrown its memory; snapshots of this node's {self.place.local_size} ranks"
+        try:
+            self._agreement.together("looking for memory", lambda: check_available(more, purpose))
+        except (SnapshotMemoryUnavailable, RankFailed) as error:
+            if not _is(error, SnapshotMemoryUnavailable):
+                raise
+            return str(error)
+        return ""
+
     def _reserve(self, needed_bytes: int) -> None:
         """Memory of another size, for which what is there is given up; also what a job of long ago has left."""
         self._agreement.together("discarding snapshots", lambda: self._client.roll_back(0))
         self._reserve_exactly(with_reserve(needed_bytes))
 
     def _reserve_exactly(self, data_bytes: int) -> None:
-        self._unlock()
+        if self._unlock:
+            self._unlock()
+            self._unlock = None
         self._members.reserve(data_bytes)
         self._capacity_bytes = data_bytes
         self._unlock = page_locked(self._client.memory)
@@ -467,12 +527,10 @@ class Snapshotter:
         if self._former is not None:
             self._former.close()
             self._former = None
-        if self.place.local_rank == 0:
-            for layout, status in processes_on(self.run, self.place.node):
-                if layout != self._layout:
-                    with contextlib.suppress(SnapshotProcessUnavailable):
-                        self._connected(status.node, 0, layout.local_size).end()
+            self._processes.end(former_only=True)
 
 
-def _most(words: list[_Standing], name: str) -> float | None:
-    return max((seconds for word in words if (seconds := getattr(word, name)) is not None), default=None)
+def _is(error: Exception, kind: type[StowplanError]) -> bool:
+    """Whether that is what failed, here or on all ranks on which something did."""
+    failures = error.failures.values() if isinstance(error, RankFailed) else [error]
+    return all(isinstance(each, kind) for each in failures)
