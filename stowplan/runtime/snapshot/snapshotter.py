@@ -6,10 +6,10 @@
             ...
             snapshots.save(step + 1)
 
-Note: what all ranks agree on. Before each one all say how their last one stands. While any is on its way, all skip.
-Where a group gave one up that others have, those discard it: the one before, which all have, stays until the next is
-GLOBAL on all. A snapshot that some rank could not restore never takes the place of one that all can. What fails on one
-rank ends the call on all.
+Note: what all ranks agree on. Before each one all say how their last one stands. While any is on its way, all skip,
+unless a rank has lost it, so that it cannot arrive. Where a group gave one up that others have, those discard it: the
+one before, which all have, stays until the next is GLOBAL on all. A snapshot that some rank could not restore never
+takes the place of one that all can. What fails on one rank ends the call on all.
 """
 
 from __future__ import annotations

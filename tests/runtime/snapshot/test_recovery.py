@@ -281,6 +281,21 @@ def test_who_does_not_answer_is_named_and_nothing_is_given_up():
     asyncio.run(body())
 
 
+def test_who_was_lost_meanwhile_ends_it_for_all_long_before_the_time_is_over():
+    async def body():
+        limits = replace(QUICK, timeout_seconds=0.2, recovery_seconds=10_000)
+        async with Group("raim5", [10_000] * 3, limits) as group:
+            await coded(group, FIRST)
+            await group.restart()
+            await group.kill(2)
+            found = await asyncio.gather(*(recover_among_three(group, node) for node in (0, 1)), return_exceptions=True)
+            assert all(isinstance(each, SnapshotPeerUnavailable) for each in found), found
+            assert "node 2" in str(found[0])
+            assert str(found[1]) == str(found[0]), "who follows hears it from who leads"
+
+    asyncio.run(body())
+
+
 async def recover_among_three(group, node, alive=(0, 1, 2)):
     return await recover(group.nodes[node], alive)
 
