@@ -14,7 +14,9 @@ import torch
 
 from stowplan.core.errors import InvalidArgument, SnapshotMismatch
 from stowplan.runtime.snapshot.contents import Piece
-from stowplan.runtime.snapshot.restore import reshard, restore
+from stowplan.runtime.snapshot.disk import copy_path, finish, write_part
+from stowplan.runtime.snapshot.disk_restore import restore_from_disk
+from stowplan.runtime.snapshot.restore import restore
 from stowplan.runtime.snapshot.state import TrainingState, flatten
 from stowplan.runtime.snapshot.state_schema import dump_schema
 from tests.distributed import Ranks
@@ -150,21 +152,23 @@ def test_an_engine_goes_on_to_the_last_bit(engine_ranks: Ranks, stage: int, dtyp
     assert engine_ranks.run(interrupted, stage, dtype, persistent) == [True, True]
 
 
-def from_disk(rank: int, path: str) -> bool:
-    """All pieces are at hand, as from a copy on disk."""
-    first = Training(rank, 2)
+def from_disk(rank: int, path: str, stage: int) -> bool:
+    first = Training(rank, stage)
     first.run(SNAPSHOT_AT)
-    torch.save(taken(first), Path(path) / f"{rank}")
+    write_part(path, taken(first))
     expected = first.run(NUM_STEPS), first.fingerprint()
     torch.distributed.barrier()
-    pieces = [torch.load(Path(path) / f"{other}", weights_only=False) for other in range(2)]
-    second = Training(rank, 2)
-    second.step = reshard(pieces, second.state()).step
+    if rank == 0:
+        assert finish(path, SNAPSHOT_AT, 2) is not None
+    torch.distributed.barrier()
+    second = Training(rank, stage)
+    second.step = restore_from_disk(copy_path(path, SNAPSHOT_AT), second.state()).step
     return (second.run(NUM_STEPS), second.fingerprint()) == expected
 
 
-def test_each_rank_takes_its_own_partition_of_several_pieces(engine_ranks: Ranks, tmp_path: Path) -> None:
-    assert engine_ranks.run(from_disk, str(tmp_path)) == [True, True]
+@pytest.mark.parametrize("stage", [2, 3])
+def test_each_rank_has_its_own_partition_on_disk(engine_ranks: Ranks, tmp_path: Path, stage: int) -> None:
+    assert engine_ranks.run(from_disk, str(tmp_path), stage) == [True, True]
 
 
 def refused(rank: int) -> list[str]:
