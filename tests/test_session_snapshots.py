@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import stowplan
+from stowplan.core.hardware import preset
 from stowplan.core.plan import SnapshotBytes
 from stowplan.core.units import GIB, MIB
 from stowplan.reports.text import render
@@ -113,3 +114,11 @@ def test_wrap_counts_them_too():
     models.train(model, 1, **SHAPE)
     assert stowplan.applied(model).plan.snapshots.total_bytes > 0
     stowplan.applied(model).remove()
+
+
+def test_auto_for_a_machine_that_is_not_here_is_of_its_host_s_memory():
+    machine = replace(preset("h100-sxm"), host_bytes=64 * GIB)
+    memory = stowplan.SnapshotMemory(ranks_per_node=8)
+    alone = planned(budget="1GiB", hardware=machine)
+    beside = planned(budget="1GiB", hardware=machine, snapshots=memory)
+    assert beside.swap_budget_bytes == alone.swap_budget_bytes - 8 * beside.snapshots.total_bytes

@@ -65,6 +65,7 @@ class Encoder:
         self.offsets: list[int] = []
         self.num_bytes = 0
         self._places: dict[Storage, int] = {}
+        self._shards: dict[tuple[Any, ...], Shard] = {}
 
     def encode(self, value: Any, path: str) -> Any:
         """The node of a value.
@@ -131,7 +132,6 @@ class Encoder:
     def leaf(self, tensor: torch.Tensor, path: str) -> Leaf:
         """A place for a tensor's bytes; the one that it has, if the same memory was met before."""
         shard, owned = None, self.owned
-        tensor = tensor.detach()
         if isinstance(tensor, DTensor):
             if not self.sharded:
                 raise InvalidArgument(
@@ -143,10 +143,12 @@ class Encoder:
                     f"{path} is a DTensor whose sum is still to be made (Partial). Take snapshots between steps, or "
                     f"redistribute it first."
                 )
-            shard = Shard.of(tensor)
+            shard = self._shard(tensor)
             replicated = (isinstance(placement, Replicate) for placement in tensor.placements)
             owned = not any(place for place, whole in zip(shard.coordinate, replicated, strict=True) if whole)
-            tensor = tensor.to_local()
+            with torch.no_grad():  # nothing is dispatched then
+                tensor = tensor.to_local()
+        tensor = tensor.detach()
         if type(tensor) is not torch.Tensor or tensor.layout is not torch.strided:
             raise InvalidArgument(
                 f"{path} is a {type(tensor).__name__} with layout {tensor.layout}; a snapshot holds plain strided "
@@ -160,6 +162,13 @@ class Encoder:
             )
         tensor = tensor.resolve_conj().resolve_neg()
         return Leaf(tensor.dtype, tuple(tensor.shape), self._place(tensor), tensor.device.type, owned, shard)
+
+    def _shard(self, tensor: DTensor) -> Shard:
+        """Worked out once for all tensors that are sharded alike: that takes longer than anything else here."""
+        alike = (tensor.device_mesh, tensor.placements, tensor.shape)
+        if alike not in self._shards:
+            self._shards[alike] = Shard.of(tensor)
+        return self._shards[alike]
 
     def _place(self, tensor: torch.Tensor) -> int:
         if not tensor.numel():
