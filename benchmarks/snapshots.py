@@ -81,7 +81,7 @@ def main() -> None:
     with sockets():
         for case in QUICK if given.quick else [replace(case, num_blocks=given.blocks) for case in CASES]:
             rows += summary(case, on_ranks(case.num_ranks, rounds, case, num_rounds, given.steps, daemon=False))
-    table = markdown(rows)
+    table = markdown(rows, f"{num_rounds} rounds. {given.note}".strip())
     print(table)
     write_record(given.output, rows, rounds=num_rounds, steps=given.steps, blocks=given.blocks, note=given.note)
     given.output.with_suffix(".md").write_text(table + "\n", encoding="utf-8")
@@ -259,9 +259,13 @@ def summary(case: Case, of_ranks: list[list[dict[str, Any]]]) -> list[dict[str, 
     return rows
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
+def markdown(rows: list[dict[str, Any]], note: str) -> str:
     """A table; ratios first to memcpy, then to ours."""
     lines = [
+        "# Snapshots beside torch's checkpoints",
+        "",
+        f"Made by `python -m benchmarks.snapshots`, which says what the columns are: {note}",
+        "",
         "| training | | bandwidth, x memcpy | blocked, ÷ ours | whole, ÷ memcpy | whole, ÷ ours | steps beside, x |",
         "|---|---|---|---|---|---|---|",
     ]
