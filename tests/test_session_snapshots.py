@@ -63,15 +63,18 @@ def test_what_has_to_be_swapped_counts_in_the_least_host_budget(left_bytes):
     program = replace(LAYER, gradient_bytes=0)  # the peak is of kept values, and blocks' inputs cannot be recomputed
     plan = replace(example_plan(), step=step_of(program, 12), snapshots=size)
     with pytest.raises(stowplan.InfeasibleBudget) as caught:
-        stowplan.replan(plan, budget=1000, host_budget=2**50)
+        stowplan.replan(plan, time_limit_seconds=60, budget=1000, host_budget=2**50)
     budget = caught.value.least_bytes
     with pytest.raises(stowplan.InfeasibleBudget) as caught:
-        stowplan.replan(plan, budget=budget, host_budget=2 * GIB + left_bytes)
+        stowplan.replan(plan, time_limit_seconds=60, budget=budget, host_budget=2 * GIB + left_bytes)
     least = caught.value.least_host_bytes
     assert least > 2 * GIB
-    assert stowplan.replan(plan, budget=budget, host_budget=least).prediction.host_bytes <= least - 2 * GIB
+    assert (
+        stowplan.replan(plan, time_limit_seconds=60, budget=budget, host_budget=least).prediction.host_bytes
+        <= least - 2 * GIB
+    )
     with pytest.raises(stowplan.InfeasibleBudget):
-        stowplan.replan(plan, budget=budget, host_budget=2 * GIB + (least - 2 * GIB) * 9 // 10)
+        stowplan.replan(plan, time_limit_seconds=60, budget=budget, host_budget=2 * GIB + (least - 2 * GIB) * 9 // 10)
 
 
 def test_a_budget_that_no_host_budget_helps_says_so(roomy):
