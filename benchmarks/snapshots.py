@@ -29,7 +29,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,31 +58,32 @@ class Case:
     name: str
     num_ranks: int
     num_nodes: int
-    num_blocks: int
     hidden: int
     sequence: int
+    num_blocks: int = 1
 
 
-CASES = (Case("plain", 1, 1, 8, 512, 64), Case("fsdp2", 4, 2, 8, 640, 64))
-QUICK = (Case("plain", 1, 1, 1, 64, 16), Case("fsdp2", 2, 2, 1, 64, 16))
+CASES = (Case("plain", 1, 1, 512, 64), Case("fsdp2", 4, 2, 640, 64))
+QUICK = (Case("plain", 1, 1, 64, 16), Case("fsdp2", 2, 2, 64, 16))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="of all contenders, in turn")
     parser.add_argument("--steps", type=int, default=3, help="of training beside each")
-    parser.add_argument("--quick", action="store_true", help="tiny models, two rounds")
+    parser.add_argument("--blocks", type=int, default=8, help="of each model")
+    parser.add_argument("--quick", action="store_true", help="tiny models of one block, two rounds")
     parser.add_argument("--note", default="", help="about the machine, for the record")
     parser.add_argument("--output", type=Path, default=RESULTS / "snapshots.json", help="where the JSON goes")
     given = parser.parse_args()
     num_rounds = 2 if given.quick else given.rounds
     rows = []
     with sockets():
-        for case in QUICK if given.quick else CASES:
+        for case in QUICK if given.quick else [replace(case, num_blocks=given.blocks) for case in CASES]:
             rows += summary(case, on_ranks(case.num_ranks, rounds, case, num_rounds, given.steps, daemon=False))
-    table = markdown(rows)
+    table = markdown(rows, f"{num_rounds} rounds. {given.note}".strip())
     print(table)
-    write_record(given.output, rows, rounds=num_rounds, steps=given.steps, note=given.note)
+    write_record(given.output, rows, rounds=num_rounds, steps=given.steps, blocks=given.blocks, note=given.note)
     given.output.with_suffix(".md").write_text(table + "\n", encoding="utf-8")
 
 
@@ -258,9 +259,13 @@ def summary(case: Case, of_ranks: list[list[dict[str, Any]]]) -> list[dict[str, 
     return rows
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
+def markdown(rows: list[dict[str, Any]], note: str) -> str:
     """A table; ratios first to memcpy, then to ours."""
     lines = [
+        "# Snapshots beside torch's checkpoints",
+        "",
+        f"Made by `python -m benchmarks.snapshots`, which says what the columns are: {note}",
+        "",
         "| training | | bandwidth, x memcpy | blocked, ÷ ours | whole, ÷ memcpy | whole, ÷ ours | steps beside, x |",
         "|---|---|---|---|---|---|---|",
     ]

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import stowplan
+from stowplan.core.hardware import preset
 from stowplan.core.plan import SnapshotBytes
 from stowplan.core.units import GIB, MIB
 from stowplan.reports.text import render
@@ -62,17 +63,18 @@ def test_what_has_to_be_swapped_counts_in_the_least_host_budget(left_bytes):
     program = replace(LAYER, gradient_bytes=0)  # the peak is of kept values, and blocks' inputs cannot be recomputed
     plan = replace(example_plan(), step=step_of(program, 12), snapshots=size)
     with pytest.raises(stowplan.InfeasibleBudget) as caught:
-        stowplan.replan(plan, budget=1000, host_budget=2**50)
+        stowplan.replan(plan, time_limit_seconds=60, budget=1000, host_budget=2**50)
     budget = caught.value.least_bytes
     with pytest.raises(stowplan.InfeasibleBudget) as caught:
-        stowplan.replan(plan, budget=budget, host_budget=2 * GIB + left_bytes)
+        stowplan.replan(plan, time_limit_seconds=60, budget=budget, host_budget=2 * GIB + left_bytes)
     least = caught.value.least_host_bytes
     assert least > 2 * GIB
-    assert stowplan.replan(plan, budget=budget, host_budget=least).prediction.host_bytes <= least - 2 * GIB
+    assert (
+        stowplan.replan(plan, time_limit_seconds=60, budget=budget, host_budget=least).prediction.host_bytes
+        <= least - 2 * GIB
+    )
     with pytest.raises(stowplan.InfeasibleBudget):
-        stowplan.replan(
-            plan, budget=budget, host_budget=2 * GIB + (least - 2 * GIB) // 2
-        )  # a hurried search is not exact
+        stowplan.replan(plan, time_limit_seconds=60, budget=budget, host_budget=2 * GIB + (least - 2 * GIB) * 9 // 10)
 
 
 def test_a_budget_that_no_host_budget_helps_says_so(roomy):
@@ -115,3 +117,11 @@ def test_wrap_counts_them_too():
     models.train(model, 1, **SHAPE)
     assert stowplan.applied(model).plan.snapshots.total_bytes > 0
     stowplan.applied(model).remove()
+
+
+def test_auto_for_a_machine_that_is_not_here_is_of_its_host_s_memory():
+    machine = replace(preset("h100-sxm"), host_bytes=64 * GIB)
+    memory = stowplan.SnapshotMemory(ranks_per_node=8)
+    alone = planned(budget="1GiB", hardware=machine)
+    beside = planned(budget="1GiB", hardware=machine, snapshots=memory)
+    assert beside.swap_budget_bytes == alone.swap_budget_bytes - 8 * beside.snapshots.total_bytes

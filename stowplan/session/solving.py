@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from stowplan.core.errors import InfeasibleBudget
+from stowplan.core.errors import InfeasibleBudget, SolverFailed
 from stowplan.core.hardware import Hardware
 from stowplan.core.plan import Prediction, with_fragmentation
 from stowplan.core.program import Decisions, StepProgram
@@ -110,18 +111,22 @@ class Solver(NamedTuple):
         return replace(answer, least_budget_bytes=needed(answer.least_budget_bytes))
 
     def least_host_bytes(self, step: StepProgram) -> int | None:
-        """The least host budget for which a plan was found, the device budget unchanged; None: none would do."""
-        quick = self._replace(time_limit_seconds=self.time_limit_seconds / _HALVINGS, tell=lambda message: None)
+        """The least host budget for which a plan was found, the device budget unchanged; None: none would do.
+
+        Looks for about twice the time limit.
+        """
+        quiet = self._replace(tell=lambda message: None)
+        deadline = time.monotonic() + 2 * self.time_limit_seconds
 
         def swapped(host_bytes: int) -> int | None:
             try:
-                return quick._replace(host_bytes=host_bytes)(step).prediction.host_bytes
-            except InfeasibleBudget:
+                return quiet._replace(host_bytes=host_bytes)(step).prediction.host_bytes
+            except (InfeasibleBudget, SolverFailed):  # what is not known to do does not count
                 return None
 
         enough, too_little = swapped(_ANY_BYTES), -1
         for _ in range(_HALVINGS):
-            if enough is None or enough - too_little <= 1:
+            if enough is None or enough - too_little <= 1 or time.monotonic() > deadline:
                 break
             half = (enough + too_little) // 2
             found = swapped(half)

@@ -48,7 +48,7 @@ class Fitting:
         self._into, self._sources, self._same_world = into, sources, same_world
         self._partial = not same_world and any(isinstance(m, Pipeline) for m in named(into.model, "model").values())
         self._models = models_of(into.model)
-        self._model()
+        self._model(own)
         self._groups()
         self._stateful(own, ("scheduler", "scaler", "data") if same_world else ("scheduler", "scaler"))
         self.extras = self._extras(own)
@@ -78,10 +78,10 @@ class Fitting:
             copy_tensors()
 
     # ---- models ------------------------------------------------------------------------------------------------------
-    def _model(self) -> None:
+    def _model(self, own: Contents) -> None:
         wanted: dict[str, Any] = {**self._models.tensors, **self._models.stateful}
         found: dict[str, tuple[Contents, Any]] = {}
-        for source in self._sources:
+        for source in (own, *self._sources):
             for name, member in source.model.items():
                 found.setdefault(name, (source, member))
         self._names("model", wanted, found, partial=self._partial)

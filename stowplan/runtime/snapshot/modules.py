@@ -18,6 +18,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from stowplan.core.errors import InvalidArgument
 from stowplan.runtime.pipeline.pipeline import Pipeline
+from stowplan.runtime.snapshot.engines import EngineState, is_engine, is_partitioned
 
 __all__ = ["Models", "models_of", "named", "parameter_groups"]
 
@@ -32,15 +33,19 @@ class Models:
 
     Attributes:
         tensors: parameters and persistent buffers; tied ones under each of their names.
-        stateful: modules with an extra state (``get_extra_state``).
+        stateful: modules with an extra state (``get_extra_state``), and what DeepSpeed engines have beside modules.
         names: the first name of each parameter.
         replicas: the ranks that have the same of a parameter, of those of DistributedDataParallel.
     """
 
     tensors: dict[str, torch.Tensor]
-    stateful: dict[str, nn.Module]
+    stateful: dict[str, nn.Module | EngineState]
     names: dict[nn.Parameter, str]
     replicas: dict[nn.Parameter, tuple[int, ...]]
+
+    @property
+    def engines(self) -> list[EngineState]:
+        return [each for each in self.stateful.values() if isinstance(each, EngineState)]
 
 
 def named(given: Any, kind: str) -> dict[str, Any]:
@@ -69,9 +74,13 @@ def models_of(model: Any) -> Models:
         for root in roots:
             if not isinstance(root, nn.Module):
                 raise InvalidArgument(
-                    f"model is a {type(root).__name__}: give a torch.nn.Module, a stowplan.Pipeline, or a dict of them."
+                    f"model is a {type(root).__name__}: give a torch.nn.Module (a DeepSpeed engine is one), a "
+                    f"stowplan.Pipeline, or a dict of them."
                 )
-            for prefix, module in _walk(root, f"{name}." if name else ""):
+            path = f"{name}." if name else ""
+            if is_engine(root):
+                models.stateful[f"{path}deepspeed.{EXTRA_STATE}"] = EngineState(root)
+            for prefix, module in _walk(root.get_submodule("module") if is_engine(root) else root, path):
                 _add(models, prefix, module)
                 if isinstance(module, DistributedDataParallel):
                     ranks = tuple(dist.get_process_group_ranks(module.process_group))
@@ -100,7 +109,7 @@ def _add(models: Models, prefix: str, module: nn.Module) -> None:
     passing = module._non_persistent_buffers_set
     own = [(name, tensor) for name, tensor in module._buffers.items() if name not in passing]
     for name, tensor in (*module._parameters.items(), *own):
-        if tensor is None:
+        if tensor is None or is_partitioned(tensor):
             continue
         path = prefix + name
         if models.tensors.setdefault(path, tensor) is not tensor:
@@ -117,10 +126,14 @@ def parameter_groups(optimizers: Mapping[str, Any], models: Models) -> list[tupl
     """All parameter groups of all optimizers in order: optimizer, group, its parameters' names.
 
     Raises:
-        InvalidArgument: no optimizer, or it has a parameter or a state that belongs to no model.
+        InvalidArgument: no optimizer, or an engine's is missing, or it has parameters or states that are of no model.
     """
-    groups = []
+    groups: list[tuple[Any, dict[str, Any], list[str]]] = []
+    if any(engine.needs(optimizers) for engine in models.engines):
+        raise InvalidArgument("the states of a DeepSpeed engine without ZeRO are missing: pass its optimizer, too.")
     for label, optimizer in optimizers.items():
+        if any(engine.owns(optimizer) for engine in models.engines):
+            continue
         of = f"optimizer {label!r}" if label else "the optimizer"
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise InvalidArgument(f"{of} is a {type(optimizer).__name__}: give a torch.optim.Optimizer.")

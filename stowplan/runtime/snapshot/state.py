@@ -49,8 +49,8 @@ class TrainingState:
     """The parts of a training on this rank. Several of a kind: a dict by name, or a list.
 
     Attributes:
-        model: modules (plain, DDP, FSDP2), ``stowplan.Pipeline``. An averaged model goes here, too.
-        optimizer: optimizers of their parameters.
+        model: modules (plain, DDP, FSDP2), ``stowplan.Pipeline``, DeepSpeed engines. An averaged model goes here, too.
+        optimizer: optimizers of their parameters; that of an engine with ZeRO may be left out.
         scheduler, scaler, data: anything with ``state_dict`` and ``load_state_dict``; ``data`` is the position in it.
         extras: by name: anything with ``state_dict`` and ``load_state_dict``, tensors, generators, plain values.
         step: how many steps are done.

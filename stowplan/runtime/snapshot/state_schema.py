@@ -59,6 +59,7 @@ class Encoder:
         self.own, self.shares = Payload(), Payload()
         self._portions = portions or {}
         self._moving: list[dict[str, Any]] = []
+        self._shards: dict[tuple[Any, ...], Shard] = {}
 
     def move_shares(self, begin: int) -> None:
         """Nodes made so far say from now on that shares begin at this offset."""
@@ -135,7 +136,6 @@ class Encoder:
     def leaf(self, tensor: torch.Tensor, path: str) -> Leaf:
         """A place for a tensor's bytes; the one that it has, if the same memory was met before."""
         shard, owned, share, payload = None, self.owned, None, self.own
-        tensor = tensor.detach()
         if isinstance(tensor, DTensor):
             if not self.sharded:
                 raise InvalidArgument(
@@ -147,10 +147,12 @@ class Encoder:
                     f"{path} is a DTensor whose sum is still to be made (Partial). Take snapshots between steps, or "
                     f"redistribute it first."
                 )
-            shard = Shard.of(tensor)
+            shard = self._shard(tensor)
             replicated = (isinstance(placement, Replicate) for placement in tensor.placements)
             owned = not any(place for place, whole in zip(shard.coordinate, replicated, strict=True) if whole)
-            tensor = tensor.to_local()
+            with torch.no_grad():  # nothing is dispatched then
+                tensor = tensor.to_local()
+        tensor = tensor.detach()
         if type(tensor) is not torch.Tensor or tensor.layout is not torch.strided:
             raise InvalidArgument(
                 f"{path} is a {type(tensor).__name__} with layout {tensor.layout}; a snapshot holds plain strided "
@@ -167,6 +169,13 @@ class Encoder:
         if portion is not None:
             tensor, share, owned, payload = portion.of(tensor), portion.share, portion.owned, self.shares
         return Leaf(tensor.dtype, tuple(tensor.shape), payload.place(tensor), tensor.device.type, owned, shard, share)
+
+    def _shard(self, tensor: DTensor) -> Shard:
+        """Worked out once for all tensors that are sharded alike: that takes longer than anything else here."""
+        alike = (tensor.device_mesh, tensor.placements, tensor.shape)
+        if alike not in self._shards:
+            self._shards[alike] = Shard.of(tensor)
+        return self._shards[alike]
 
 
 class Decoder:
