@@ -1,4 +1,4 @@
-"""``stowplan snapshots status``: what this host's memory processes hold."""
+"""``stowplan snapshots status`` and ``end``: what this host's memory processes hold; giving it up."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ import typer
 from stowplan.cli.terminal import told_errors
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from stowplan.runtime.snapshot.connection import Connection
     from stowplan.runtime.snapshot.messages import Status
 
-__all__ = ["EXAMPLES", "app", "status_command"]
+__all__ = ["EXAMPLES", "app", "end_command", "status_command"]
 
 EXAMPLES = """Examples:
 
@@ -20,14 +23,15 @@ EXAMPLES = """Examples:
   stowplan snapshots status
   stowplan snapshots status --run llama-7
   stowplan snapshots status --json | python -m json.tool
+  stowplan snapshots end --run llama-7
 """
 
-app = typer.Typer(help="Look at snapshots in this host's memory.", no_args_is_help=True)
+app = typer.Typer(help="Look at snapshots in this host's memory, and give them up.", no_args_is_help=True)
 
 
 @app.callback()
 def _group() -> None:
-    """Look at snapshots in this host's memory."""
+    """Look at snapshots in this host's memory, and give them up."""
 
 
 @app.command("status", epilog=EXAMPLES)
@@ -53,25 +57,48 @@ def status_command(
         typer.echo("No memory process of snapshots runs here.")
 
 
+@app.command("end", epilog=EXAMPLES)
+def end_command(
+    run: Annotated[str, typer.Option("--run", metavar="NAME", help="Of this run.")],
+    directory: Annotated[
+        Path | None, typer.Option("--directory", help="Where sockets are. Default: where stowplan puts them.")
+    ] = None,
+) -> None:
+    """End a run's memory processes on this host: its snapshots in memory are lost, copies on disk stay."""
+    from stowplan.runtime.snapshot.messages import Done, End
+
+    with told_errors():
+        ended = 0
+        for connection, status in _connected(run, directory):
+            connection.ask(End(), Done)
+            typer.echo(f"Ended process {status.pid} of run {status.run} on node {status.node}.")
+            ended += 1
+    if not ended:
+        typer.echo(f"No memory process of run {run} runs here.")
+
+
 def _found(run: str | None, directory: Path | None) -> list[Status]:
+    return [status for _, status in _connected(run, directory)]
+
+
+def _connected(run: str | None, directory: Path | None) -> Iterator[tuple[Connection, Status]]:
     from stowplan.core.errors import SnapshotProcessUnavailable
     from stowplan.runtime.snapshot import protocol
     from stowplan.runtime.snapshot.connection import connect
     from stowplan.runtime.snapshot.messages import GetStatus, Status
 
     directory = directory or protocol.socket_directory()
-    found = []
     for path in sorted(directory.glob("*.sock")):
         name, _, node = path.stem.rpartition("@")
         if not name or (run is not None and name != run):
             continue
         try:
             connection = connect(name, node, directory=directory)
-        except SnapshotProcessUnavailable:  # it was killed, and its socket is left
+            status, _ = connection.ask(GetStatus(), Status)
+        except SnapshotProcessUnavailable:  # it was killed, and its socket is left, or it is ending
             continue
-        found.append(connection.ask(GetStatus(), Status)[0])
+        yield connection, status
         connection.close()
-    return found
 
 
 def _lines(status: Status) -> list[str]:

@@ -53,6 +53,17 @@ def test_what_is_held_is_told(client, directory):
     assert json.loads(other.stdout) == []
 
 
+def test_a_run_s_memory_is_given_up(directory):
+    other = SnapshotClient("llama-8", 0, node="a", directory=directory, idle_seconds=30)
+    SnapshotClient("llama-7", 0, node="a", directory=directory, idle_seconds=30).close()
+    assert "Ended process" in run("snapshots", "end", "--run", "llama-7", "--directory", directory).stdout
+    left = json.loads(run("snapshots", "status", "--directory", directory, "--json").stdout)
+    assert [status["run"] for status in left] == ["llama-8"]
+    again = run("snapshots", "end", "--run", "llama-7", "--directory", directory)
+    assert (again.exit_code, again.stdout) == (0, "No memory process of run llama-7 runs here.\n")
+    other.end()
+
+
 def test_what_a_code_stands_is_told(client, directory):
     client.reserve(4096, 4096, Coding("rs", 5, 2, 1))
     said = run("snapshots", "status", "--directory", directory).stdout

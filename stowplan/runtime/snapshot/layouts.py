@@ -62,7 +62,7 @@ class Found:
     """Memory of a node of a layout: ``index`` of the node in its group, ``data_bytes`` reserved for each rank's slot.
 
     ``newest``: generation and number of the newest snapshot of which a rank has all data; None where there is none.
-    ``counted``: whether any may have been complete on all ranks, as it was LOCAL on all nodes (PARITY here).
+    ``counted``: whether any may have been complete on all ranks, as all ranks here have come to PARITY with it.
     """
 
     layout: RankLayout
@@ -115,6 +115,12 @@ def processes_on(run: str, node: str, directory: Path | None = None) -> Iterator
         yield layout, status
 
 
+def _has_counted(status: Status) -> bool:
+    """Where ranks of the node have no memory any more it may be that theirs did."""
+    coded = [{slot.sequence for slot in rank.slots if slot.state >= State.PARITY} for rank in status.ranks]
+    return bool(set.intersection(*coded) if len(coded) == status.num_ranks else set.union(*coded))
+
+
 def memory_on(run: str, node: str, directory: Path | None = None) -> list[Found]:
     """What is held there."""
     found = []
@@ -124,6 +130,6 @@ def memory_on(run: str, node: str, directory: Path | None = None) -> list[Found]
         complete = [slot for rank in status.ranks for slot in rank.slots if slot.state >= State.LOCAL]
         newest = max(((slot.generation, slot.sequence) for slot in complete), default=None)
         data_bytes = max(rank.data_bytes for rank in status.ranks)
-        counted = any(slot.state >= State.PARITY for slot in complete)
-        found.append(Found(layout, status.node, status.ranks[0].coding.index, data_bytes, newest, counted))
+        index = status.ranks[0].coding.index
+        found.append(Found(layout, status.node, index, data_bytes, newest, _has_counted(status)))
     return found

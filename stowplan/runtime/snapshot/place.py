@@ -15,7 +15,7 @@ import torch.distributed as dist
 from stowplan.core.errors import InvalidArgument, RankFailed, StowplanError
 from stowplan.runtime.snapshot.protocol import LOOPBACK
 
-__all__ = ["NODE_VARIABLE", "RUN_VARIABLE", "Agreement", "Place", "node_name", "own_address", "run_name"]
+__all__ = ["NODE_VARIABLE", "RUN_VARIABLE", "Agreement", "Place", "failed_with", "node_name", "own_address", "run_name"]
 
 T = TypeVar("T")
 NODE_VARIABLE = "STOWPLAN_NODE"
@@ -109,6 +109,12 @@ def _tellable(failure: Exception | None) -> StowplanError | None:
     if failure is None or isinstance(failure, StowplanError):
         return failure
     return StowplanError(f"{type(failure).__name__}: {failure}")
+
+
+def failed_with(error: Exception, kind: type[StowplanError]) -> bool:
+    """Whether that is what failed, here or, as RankFailed says, on all ranks on which something did."""
+    failures = error.failures.values() if isinstance(error, RankFailed) else [error]
+    return all(isinstance(each, kind) for each in failures)
 
 
 def node_name(given: str | None) -> str:

@@ -16,45 +16,35 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from stowplan.core.errors import (
     InvalidArgument,
-    InvalidSnapshot,
     RankFailed,
-    SnapshotMemoryUnavailable,
     SnapshotProcessUnavailable,
     SnapshotRefused,
     StowplanError,
-    UnrecoverableSnapshot,
 )
 from stowplan.runtime.snapshot.authentication import JobToken
-from stowplan.runtime.snapshot.client import SnapshotClient, Writing
-from stowplan.runtime.snapshot.codes import Code, Name, code_for
+from stowplan.runtime.snapshot.client import Writing
+from stowplan.runtime.snapshot.codes import Name, code_for
 from stowplan.runtime.snapshot.contents import Piece
-from stowplan.runtime.snapshot.disk import good_copies, step_of
-from stowplan.runtime.snapshot.disk_restore import restore_from_disk
 from stowplan.runtime.snapshot.disk_tier import DiskStatus, DiskTier
 from stowplan.runtime.snapshot.fail_points import arm, fail_at
-from stowplan.runtime.snapshot.former import all_pieces, newest_first, own_piece, taken_over
-from stowplan.runtime.snapshot.gathered import restore_shares
 from stowplan.runtime.snapshot.interval import Timetable
+from stowplan.runtime.snapshot.job_memory import JobMemory
 from stowplan.runtime.snapshot.job_processes import JobProcesses
-from stowplan.runtime.snapshot.layouts import Found, RankLayout, numbered
+from stowplan.runtime.snapshot.layouts import RankLayout
 from stowplan.runtime.snapshot.limits import SnapshotLimits
-from stowplan.runtime.snapshot.members import Member, Members
-from stowplan.runtime.snapshot.memory import check_available
-from stowplan.runtime.snapshot.messages import RankStatus, Status
-from stowplan.runtime.snapshot.pinning import page_locked
-from stowplan.runtime.snapshot.place import Agreement, node_name, own_address, run_name
+from stowplan.runtime.snapshot.messages import Status
+from stowplan.runtime.snapshot.place import Agreement, failed_with, node_name, own_address, run_name
 from stowplan.runtime.snapshot.protocol import IDLE_SECONDS
-from stowplan.runtime.snapshot.reservation import Reservation, with_reserve
-from stowplan.runtime.snapshot.restore import Restored, reshard
+from stowplan.runtime.snapshot.restore import Restored
+from stowplan.runtime.snapshot.restoring import restore_newest
 from stowplan.runtime.snapshot.schema import Schema
 from stowplan.runtime.snapshot.shares import agreed_portions
 from stowplan.runtime.snapshot.sizes import described, expected_bytes
@@ -63,12 +53,6 @@ from stowplan.runtime.snapshot.standing import DiskStanding, MemoryStanding, Sta
 from stowplan.runtime.snapshot.state import Flat, TrainingState, flatten
 
 __all__ = ["Saved", "Snapshotter", "SnapshotterStatus"]
-
-_LONGEST_PAUSE_SECONDS = 60.0
-_NO_COPY = (
-    "There is no copy on disk to go on from either. To begin anew, give up what is left (stowplan snapshots end --run "
-    "{run}), or give another run=."
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +132,6 @@ class Snapshotter:
             "extras": extras or {},
         }  # fmt: skip
         self._disk_interval, self._disk_patience_seconds = disk_interval or 1, disk_patience_seconds
-        self._limits = limits or SnapshotLimits()
         self._agreement = Agreement()
         self.place = place = self._agreement.place(node_name(node))
         code_of_job = code_for(place.num_nodes, m, code) if place.num_nodes > 1 else None
@@ -157,12 +140,7 @@ class Snapshotter:
         starting = self._agreement.together("starting memory processes", lambda: self._started(run, listen))
         self.run, self.generation = self._processes.run, max(starting)
         self._processes.generation = self.generation
-        self._client, self._members = self._joined(code_of_job)
-        self._former: Members | None = None  # of another layout, until there is a snapshot of this one
-        self._capacity_bytes = 0
-        self._unlock: Callable[[], object] | None = None
-        self._unmet = False  # whether the exchange between nodes has to be connected anew
-        self._rejoin_at = self._rejoin_seconds = 0.0
+        self._memory = JobMemory(self._agreement, self._processes, limits or SnapshotLimits())
         self._directory = Path(directory) if directory else None
         self._disk: DiskTier | None = None
         self._on_disk = 0  # number of the snapshot that was last offered to the disk
@@ -205,7 +183,7 @@ class Snapshotter:
         try:
             reason = self._taken(step, words, *made[0])
         except (SnapshotProcessUnavailable, RankFailed) as error:
-            if not _is(error, SnapshotProcessUnavailable):
+            if not failed_with(error, SnapshotProcessUnavailable):
                 raise
             reason = f"a memory process was lost meanwhile: {error}"
         num_bytes = 0 if reason else words[self.place.rank].needed_bytes
@@ -219,7 +197,7 @@ class Snapshotter:
         """Take it, if it can be; why it was not."""
         complete = min(word.memory.complete for word in words)
         if all(word.memory.current for word in words):
-            self._end_former()
+            self._memory.end_former()
         reason, kept = self._late(words, complete)
         if reason:
             return reason
@@ -228,15 +206,16 @@ class Snapshotter:
             most([word.memory.total_seconds for word in words]), most([word.step_seconds for word in words]),
         )  # fmt: skip
         if any(word.memory.newest > complete for word in words):
-            self._agreement.together("discarding a snapshot", lambda: self._client.roll_back(complete))
+            self._memory.roll_back(complete)
         needed_bytes = max(word.needed_bytes for word in words)
-        if needed_bytes > self._capacity_bytes:
-            if reason := self._too_large(needed_bytes):
+        if needed_bytes > self._memory.capacity_bytes:
+            if reason := self._memory.too_large(needed_bytes, in_use=any(word.disk.read for word in words)):
                 return reason
-            self._reserve(needed_bytes)
+            self._memory.reserve(needed_bytes)
             kept = 0
         sequence = max(word.memory.newest for word in words) + 1
-        writing = self._client.begin(sequence, step, schema, kept=kept)
+        client = self._memory.client
+        writing = client.begin(sequence, step, schema, kept=kept)
         if not isinstance(writing, Writing):
             raise SnapshotRefused("order", f"snapshot {sequence} cannot begin, though all were complete: {writing}.")
         try:
@@ -245,9 +224,9 @@ class Snapshotter:
             fail_at("copy.end")
         except BaseException:
             with contextlib.suppress(StowplanError):
-                self._client.abandon(sequence)
+                client.abandon(sequence)
             raise
-        self._client.commit(sequence)
+        client.commit(sequence)
         fail_at("commit.end")
         if self._disk and step % self._disk_interval == 0:
             self._offer(self._disk, sequence, Piece(text, writing.payload), words)
@@ -266,17 +245,17 @@ class Snapshotter:
     def _standing(self, needed_bytes: int) -> Standing:
         trouble, own = "", None
         try:
-            own = self._own()
+            own = self._memory.own()
         except SnapshotProcessUnavailable as lost:
             try:
-                own = self._rejoined(lost)
+                own = self._memory.rejoined(lost)
             except (SnapshotProcessUnavailable, SnapshotRefused, OSError) as error:
                 if isinstance(error, SnapshotRefused) and error.reason == "generation":
                     raise
                 trouble = f"no memory process on node {self.place.node}: {error}"
                 return Standing(needed_bytes, trouble=trouble, reachable=False)
             trouble = "a memory process was lost, and its memory is being checked"
-        if self._unmet:
+        if not self._memory.connected:
             trouble = trouble or "the exchange between nodes is not connected"
         return Standing(
             needed_bytes,
@@ -286,28 +265,14 @@ class Snapshotter:
             step_seconds=self._timetable.step_seconds,
         )
 
-    def _rejoined(self, lost: SnapshotProcessUnavailable) -> RankStatus | None:
-        """A new memory process has this rank's memory. After failures it is not tried again at once."""
-        now = time.monotonic()
-        if now < self._rejoin_at:
-            raise SnapshotProcessUnavailable(f"{lost} It is tried again in {self._rejoin_at - now:.0f} s.")
-        self._rejoin_seconds = min(_LONGEST_PAUSE_SECONDS, max(1.0, 2 * self._rejoin_seconds))
-        self._rejoin_at = now + self._rejoin_seconds
-        if self._client.adopt() and self._unlock:  # another mapping of the same memory
-            self._unlock = page_locked(self._client.memory)
-        self._rejoin_at = self._rejoin_seconds = 0.0
-        return self._own()
-
     def _late(self, words: list[Standing], complete: int) -> tuple[str, int]:
         """Why no snapshot can be taken now; else the number of one to be kept. The same on all ranks."""
         if troubles := [word.trouble for word in words if word.trouble]:
-            if self._capacity_bytes and all(word.reachable for word in words):
-                self._unmet = True
+            if self._memory.capacity_bytes and all(word.reachable for word in words):
                 try:
-                    self._members.meet()
+                    self._memory.meet()
                 except StowplanError as error:
                     return f"{troubles[0]}; {error}", 0
-                self._unmet = False
             return troubles[0], 0
         lost = len({word.memory.newest for word in words}) > 1  # by some rank, so it is discarded, not waited for
         if any(word.memory.pending for word in words) and not lost:
@@ -330,86 +295,19 @@ class Snapshotter:
         Raises UnrecoverableSnapshot: too much is lost, and there is no copy on disk; SnapshotMismatch, InvalidSnapshot:
         it is not of this training; SnapshotMemoryUnavailable.
         """
-        found = self._agreement.together("looking for snapshots", self._processes.found)
-        everything = [each for own in found for each in own]
-        copies = self._agreement.together("looking for copies on disk", self._copies)[0]
-        restored, own, lost = None, False, None
-        for layout in newest_first(everything):
-            try:
-                restored, own = self._from_memory(layout, found, copies)
-                break
-            except UnrecoverableSnapshot as error:
-                lost = lost or error
-        if restored is None:
-            restored = self._from_disk(copies)
-        if restored is None and lost is not None and any(each.counted for each in everything):
-            raise UnrecoverableSnapshot(lost.lost, lost.stands, _NO_COPY.format(run=self.run))
-        if not own:  # what is held is older, or could not be had
-            self._agreement.together("discarding snapshots", lambda: self._client.roll_back(0))
-        self._reserve_before_training()
+        restored = restore_newest(
+            self._agreement, self._memory, lambda: TrainingState(**self._parts), self._directory
+        )  # fmt: skip
+        needed = self._agreement.together("preparing snapshots", lambda: expected_bytes(TrainingState(**self._parts)))
+        if max(needed) > self._memory.capacity_bytes:
+            self._memory.reserve(max(needed))
         return restored
-
-    def _from_memory(self, layout: RankLayout, found: list[list[Found]], copies: list[Path]) -> tuple[Restored, bool]:
-        """Out of a layout's memory, unless a copy on disk is newer; whether it was this layout's."""
-        capacity = max(each.data_bytes for own in found for each in own if each.layout == layout)
-        members = self._members
-        if layout == self._processes.layout:
-            self._reserve_exactly(capacity)
-        else:
-            members = self._former = self._taken_over(layout, found)
-            members.reserve(capacity)
-        sequence, step = members.recovered(str(copies[0]) if copies else "")
-        if newer := [copy for copy in copies if step_of(copy) > step]:
-            with contextlib.suppress(InvalidSnapshot):
-                if restored := self._from_disk(newer):
-                    return restored, False
-        into = TrainingState(**self._parts)
-        pieces = members.read(sequence)
-        if members is self._members:
-            fail_at("restore.begin")
-            restored = restore_shares(self._agreement, own_piece(self._agreement, pieces[0]), into)
-            fail_at("restore.end")
-            return restored, True
-        pieces = all_pieces(self._agreement, pieces, self.place.local_size)
-        return self._agreed("restoring", lambda: reshard(pieces, into)), False
-
-    def _taken_over(self, layout: RankLayout, found: list[list[Found]]) -> Members:
-        place, clients = self.place, dict[Member, SnapshotClient]()
-        self._agreement.together(
-            "taking over a former layout's memory",
-            lambda: clients.update(taken_over(layout, found, place.rank, place.node, self._processes.connected)),
-        )
-        return Members(self._agreement, clients, layout.code, self._limits)
-
-    def _from_disk(self, copies: list[Path]) -> Restored | None:
-        """The first of them that is whole; None where there is none. Raises InvalidSnapshot where all are damaged."""
-        into = TrainingState(**self._parts)
-        problems = []
-        for copy in copies:
-            try:
-                return self._agreed("restoring from disk", partial(restore_from_disk, copy, into))
-            except (InvalidSnapshot, RankFailed) as error:
-                if not _is(error, InvalidSnapshot):
-                    raise
-                problems.append(str(error))
-        if problems:
-            raise InvalidSnapshot(f"no copy in {self._directory} is whole. {' '.join(problems)}")
-        return None
-
-    def _copies(self) -> list[Path]:
-        """Complete ones, the newest first; rank 0 looks."""
-        return good_copies(self._directory)[::-1] if self._directory and not self.place.rank else []
-
-    def _agreed(self, doing: str, work: Callable[[], Restored]) -> Restored:
-        made: list[Restored] = []
-        self._agreement.together(doing, lambda: made.append(work()))
-        return made[0]
 
     # ---- looking after them ----
     def status(self) -> SnapshotterStatus:
         """How snapshots stand on this node."""
         try:
-            memory = self._client.status()
+            memory = self._memory.client.status()
         except SnapshotProcessUnavailable:
             memory = None
         disk = self._disk.status if self._disk else None
@@ -419,9 +317,9 @@ class Snapshotter:
     def wait(self, timeout_seconds: float = 120.0) -> bool:
         """Wait until the last snapshot of this rank is GLOBAL; whether it is. False, too, without a memory process."""
         try:
-            own = self._own()
+            own = self._memory.own()
             newest = max((slot.sequence for slot in own.slots), default=0) if own else 0
-            return bool(newest) and self._client.wait(newest, State.GLOBAL, timeout_seconds) is State.GLOBAL
+            return bool(newest) and self._memory.client.wait(newest, State.GLOBAL, timeout_seconds) is State.GLOBAL
         except SnapshotProcessUnavailable:
             return False
 
@@ -440,12 +338,7 @@ class Snapshotter:
         """Let go of the memory, which stays with its process, and end what is written to disk."""
         if self._disk:
             self._disk.close()
-        if self._unlock:
-            self._unlock()
-            self._unlock = None
-        if self._former:
-            self._former.close()
-        self._members.close()
+        self._memory.close()
 
     def __enter__(self) -> Self:
         return self
@@ -463,74 +356,3 @@ class Snapshotter:
         if processes.layout.code:
             JobToken.from_environment()  # before training, not when coding begins
         return processes.start()
-
-    def _joined(self, code: Code | None) -> tuple[SnapshotClient, Members]:
-        """A client of this rank's memory, of the new generation; its node has the number that its memory has."""
-        processes, place = self._processes, self.place
-        made: list[SnapshotClient] = []
-
-        def connect() -> tuple[str, list[Found]]:
-            made.append(processes.own())
-            return place.node, processes.found()
-
-        found = {node: each for node, each in self._agreement.together("joining memory processes", connect) if each}
-        index = numbered(place.nodes, processes.layout, found)[place.node]
-        if any(each.index != index for each in found.get(place.node, ()) if each.layout == processes.layout):
-            made[0].roll_back(0)  # another node has that number, with newer snapshots
-        clients = {Member(index, place.local_rank): made[0]}
-        return made[0], Members(self._agreement, clients, code, self._limits)
-
-    def _own(self) -> RankStatus | None:
-        ranks = self._client.status().ranks
-        return next((rank for rank in ranks if rank.rank == self.place.local_rank), None)
-
-    def _reserve_before_training(self) -> None:
-        """So that too little memory is told of now, and the first snapshot does not wait for it."""
-        needed = self._agreement.together("preparing snapshots", lambda: expected_bytes(TrainingState(**self._parts)))
-        if max(needed) > self._capacity_bytes:
-            self._reserve(max(needed))
-
-    def _too_large(self, needed_bytes: int) -> str:
-        """Why there is no room for a state that has grown; what is held is not given up for it."""
-        if not self._capacity_bytes:
-            return ""
-        reading = self._disk is not None and self._disk.reading_seconds is not None
-        new, old = (
-            Reservation.of(each, self._processes.layout.code).total_bytes
-            for each in (with_reserve(needed_bytes), self._capacity_bytes)
-        )
-        more = (new if reading else new - old) * self.place.local_size
-        purpose = f"the state has outgrown its memory; snapshots of this node's {self.place.local_size} ranks"
-        try:
-            self._agreement.together("looking for memory", lambda: check_available(more, purpose))
-        except (SnapshotMemoryUnavailable, RankFailed) as error:
-            if not _is(error, SnapshotMemoryUnavailable):
-                raise
-            return str(error)
-        return ""
-
-    def _reserve(self, needed_bytes: int) -> None:
-        """Memory of another size, for which what is there is given up; also what a job of long ago has left."""
-        self._agreement.together("discarding snapshots", lambda: self._client.roll_back(0))
-        self._reserve_exactly(with_reserve(needed_bytes))
-
-    def _reserve_exactly(self, data_bytes: int) -> None:
-        if self._unlock:
-            self._unlock()
-            self._unlock = None
-        self._members.reserve(data_bytes)
-        self._capacity_bytes = data_bytes
-        self._unlock = page_locked(self._client.memory)
-
-    def _end_former(self) -> None:
-        """All ranks have a snapshot of this layout."""
-        if self._former is not None:
-            self._former.close()
-            self._former = None
-            self._processes.end(former_only=True)
-
-
-def _is(error: Exception, kind: type[StowplanError]) -> bool:
-    """Whether that is what failed, here or on all ranks on which something did."""
-    failures = error.failures.values() if isinstance(error, RankFailed) else [error]
-    return all(isinstance(each, kind) for each in failures)

@@ -6,7 +6,7 @@ import pytest
 
 from stowplan.runtime.snapshot.codes import code_for
 from stowplan.runtime.snapshot.former import newest_first, taken_over
-from stowplan.runtime.snapshot.layouts import Found, RankLayout
+from stowplan.runtime.snapshot.layouts import Found, RankLayout, numbered
 from stowplan.runtime.snapshot.members import Member
 
 ALONE, PAIR = RankLayout(1, 4), RankLayout.of(2, 2, code_for(2))
@@ -35,6 +35,18 @@ def test_the_newest_generation_comes_first_and_what_is_empty_not_at_all():
         Found(ALONE, "a.1", 0, 10, None),
     ]
     assert newest_first(found) == [TRIPLE, PAIR]
+
+
+def test_nodes_have_the_numbers_of_their_memory_and_newcomers_free_ones():
+    process = {node: TRIPLE.process(node) for node in "abcd"}
+    found = {
+        "c": [Found(TRIPLE, process["c"], 2, 10, (1, 9)), Found(PAIR, "c.2", 0, 10, (7, 9))],
+        "a": [Found(TRIPLE, process["a"], 0, 10, (1, 9))],
+    }
+    assert numbered("acd", TRIPLE, found) == {"a": 0, "c": 2, "d": 1}
+    found["d"] = [Found(TRIPLE, process["d"], 2, 10, (2, 1))]
+    assert numbered("acd", TRIPLE, found) == {"a": 0, "d": 2, "c": 1}, "the newer one has it"
+    assert numbered("abc", TRIPLE, {}) == {"a": 0, "b": 1, "c": 2}
 
 
 def test_memory_of_all_nodes_is_taken_care_of_once():

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from stowplan.core.errors import InvalidArgument, RankFailed, SnapshotMemoryUnavailable, StowplanError
+from stowplan.runtime.snapshot.place import own_address
 from tests.runtime.snapshot.agreement import of_threads
 
 
@@ -44,6 +45,15 @@ def test_what_fails_on_one_is_raised_on_all(error):
         assert "reserving failed on 1 other rank(s)" in str(other)
         assert str(error) in str(other.failures[1])
         assert isinstance(other.failures[1], StowplanError)
+
+
+def test_an_address_that_others_cannot_reach_is_refused(monkeypatch):
+    assert own_address(one_host=True) == "127.0.0.1"
+    monkeypatch.setattr("socket.gethostbyname", lambda name: "127.0.1.1")
+    with pytest.raises(InvalidArgument, match="here, at which other nodes cannot reach it: give listen="):
+        own_address(one_host=False)
+    monkeypatch.setattr("socket.gethostbyname", lambda name: "10.0.0.7")
+    assert own_address(one_host=False) == "10.0.0.7"
 
 
 def test_a_failure_can_be_sent():

@@ -9,7 +9,9 @@ import tempfile
 import pytest
 
 import stowplan
+from stowplan.core import host_memory
 from stowplan.core.errors import InvalidArgument, UnrecoverableSnapshot
+from stowplan.runtime.snapshot import memory
 from tests.runtime.snapshot.conftest import eventually
 from tests.runtime.snapshot.trainings import NUM_STEPS, SNAPSHOT_AT, Training
 
@@ -112,8 +114,8 @@ def test_damage_that_nothing_can_mend_is_refused(snapshotter):
     training.run(1)
     snapshots = snapshotter(training)
     saved(snapshots, training)
-    _, payload = snapshots._client.read(1)
-    place = memoryview(snapshots._client._region.view).obj
+    _, payload = snapshots._memory.client.read(1)
+    place = memoryview(snapshots._memory.client._region.view).obj
     place.seek(place.find(bytes(payload[:64])))
     place.write(b"damage")
     payload.release()
@@ -130,6 +132,39 @@ def test_a_state_that_grew_is_reserved_anew(snapshotter):
     saved(snapshots, training)
     notes["text"] = "long" * (1 << 20)
     assert saved(snapshots, training).num_bytes > 4 << 20
+
+
+def test_a_state_for_which_there_is_no_room_keeps_the_snapshot_that_there_is(snapshotter, monkeypatch):
+    training = Training()
+    training.run(1)
+    notes = {"text": "short"}
+    snapshots = snapshotter(training, extras=notes)
+    saved(snapshots, training)
+    notes["text"] = "long" * (1 << 20)
+    training.run(2)
+    with monkeypatch.context() as scarce:
+        scarce.setattr(host_memory, "available_bytes", lambda: 1 << 20)
+        scarce.setattr(memory, "available_bytes", lambda: 1 << 20)
+        assert "the state has outgrown its memory; snapshots" in snapshots.save(2).skipped
+    assert [slot.step for slot in snapshots.status().memory.ranks[0].slots if slot.state] == [1]
+    saved(snapshots, training)
+
+
+def test_the_newer_of_memory_and_disk_is_restored_and_an_older_copy_where_the_newest_is_damaged(snapshotter, tmp_path):
+    first = Training()
+    snapshots = snapshotter(first, directory=tmp_path)
+    for step in (1, 2):
+        first.run(step)
+        saved(snapshots, first)
+        eventually(lambda step=step: snapshots.status().disk.last_step == step)
+    snapshots._memory.client.roll_back(1)  # coding was given up, and the copy on disk was not
+    snapshots.close()
+    assert snapshotter(Training(), directory=tmp_path).restore().step == 2
+    (content,) = (tmp_path / "step_000000000002").glob("*.distcp")
+    content.write_bytes(bytes(len(content.read_bytes())))
+    restored = snapshotter(Training(), directory=tmp_path).restore()
+    assert restored.step == 1
+    assert snapshots.generation > 1_700_000_000, "later than what any node may have slept through"
 
 
 def test_what_cannot_be_is_refused(snapshotter, monkeypatch):

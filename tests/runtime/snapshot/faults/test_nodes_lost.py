@@ -23,6 +23,15 @@ def newest(job, node):
         return written.header.snapshot.step, written.header.state
 
 
+@pytest.mark.parametrize(("nodes", "then"), [("ab", "ba"), full("aabb", "bbaa"), full("abcd", "acdb")])
+def test_nodes_come_in_another_order(jobs, quiet, nodes, then):
+    """A launcher gives the ranks to nodes in another order, as some do after one was replaced."""
+    job = jobs(nodes)
+    held(job).kill()
+    assert job.start(then, hold_at=()).finished().restored == "3"
+    job.check(quiet(len(nodes)))
+
+
 @pytest.mark.parametrize(("nodes", "then"), [full("ab", "ac"), ("ab", "cb"), ("aabb", "aacc"), full("abcd", "axcd")])
 def test_one_is_replaced_under_another_name(jobs, quiet, nodes, then):
     job = jobs(nodes)
