@@ -24,7 +24,7 @@ from stowplan.runtime.snapshot.payload import Storage
 from stowplan.runtime.snapshot.place import Agreement
 from stowplan.runtime.snapshot.state import OptimizerStates, TrainingState
 
-__all__ = ["Ranks", "Replica", "Same", "replicas_of", "same_replicas"]
+__all__ = ["Ranks", "Replica", "Same", "replicas_of", "same_replicas", "written_elsewhere"]
 
 Ranks: TypeAlias = tuple[int, ...]
 _LEAST_BYTES = 64  # what is smaller is held by all
@@ -114,6 +114,20 @@ def same_replicas(agreement: Agreement, state: TrainingState) -> Same:
         mine[0,] = {path: b"" for path, _, _ in _candidates(state) if path not in divided}
         plain.add((0,))
     return _compared(replicas, mine, agreement.gather((mine, plain)))
+
+
+def written_elsewhere(agreement: Agreement, state: TrainingState) -> frozenset[str]:
+    """Paths of plain tensors that a lower rank has, too, which writes them to disk; all ranks call it."""
+    mine: list[str] = []
+
+    def digest() -> bytes:
+        mine.extend(path for path, tensor, _ in _candidates(state) if not isinstance(tensor, DTensor))
+        return hashlib.blake2b("\0".join(mine).encode()).digest()
+
+    if len(set(agreement.together("naming what is written to disk", digest))) == 1:
+        return frozenset(mine if agreement.rank else ())
+    others = agreement.gather(mine)  # stages of a pipeline, say
+    return frozenset(mine).intersection(*[set().union(*others[: agreement.rank])])
 
 
 def _labels(replicas: list[Replica]) -> dict[Ranks, dict[str, bytes]]:

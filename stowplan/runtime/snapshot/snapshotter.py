@@ -43,6 +43,7 @@ from stowplan.runtime.snapshot.limits import SnapshotLimits
 from stowplan.runtime.snapshot.messages import Status
 from stowplan.runtime.snapshot.place import Agreement, failed_with, node_name, own_address, run_name
 from stowplan.runtime.snapshot.protocol import IDLE_SECONDS
+from stowplan.runtime.snapshot.replicas import written_elsewhere
 from stowplan.runtime.snapshot.restore import Restored
 from stowplan.runtime.snapshot.restoring import restore_newest
 from stowplan.runtime.snapshot.schema import Schema
@@ -173,8 +174,11 @@ class Snapshotter:
         portions = agreed_portions(self._agreement, state) if self._may_be_replicated else None
         self._may_be_replicated = portions is not None
 
+        to_disk = self._disk is not None and step % self._disk_interval == 0
+        elsewhere = written_elsewhere(self._agreement, state) if to_disk else None
+
         def prepare() -> Standing:
-            flat = flatten(state, portions)
+            flat = flatten(state, portions, elsewhere=elsewhere)
             text, schema, needed_bytes = described(flat)
             made.append((flat, text, schema))
             return self._standing(needed_bytes)

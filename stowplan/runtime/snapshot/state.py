@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
@@ -151,6 +151,7 @@ def flatten(
     state: TrainingState,
     portions: Mapping[str, Portion] | None = None,
     *,
+    elsewhere: Collection[str] | None = None,
     encoder: Encoder | None = None,
     optimizer_states: OptimizerStates | None = None,
 ) -> Flat:
@@ -160,6 +161,8 @@ def flatten(
         state: of the training.
         portions: what this rank's snapshot has of what is replicated, by path (``shares.agreed_portions``); the other
             ranks' have the rest. Default: all tensors are whole.
+        elsewhere: paths of plain tensors that other ranks write to disk (``replicas.written_elsewhere``). Default: all,
+            but on the first of ``state.replicas``.
         encoder: what takes values apart. Default: one of these portions.
         optimizer_states: by parameter, for those of which the optimizer has none yet.
 
@@ -171,14 +174,14 @@ def flatten(
     ready = dist.is_available() and dist.is_initialized()
     replica = dist.get_rank(state.replicas) if ready else 0
     encoder = encoder or Encoder(portions)
-    encoder.owned = replica == 0
+    encoder.owned, encoder.elsewhere = elsewhere is not None or replica == 0, elsewhere or ()
     models = models_of(state.model)
     tree: dict[str, Any] = {
         "model": {**models.tensors, **{name: module.get_extra_state() for name, module in models.stateful.items()}},
         "optimizer": _optimizer_tree(state, models, optimizer_states or {}),
     }
     node = [[part, encoder.encode(value, part)] for part, value in tree.items()]
-    encoder.owned, encoder.sharded = True, False
+    encoder.owned, encoder.elsewhere, encoder.sharded = True, (), False
     rest: dict[str, Any] = {
         part: {name: thing.state_dict() for name, thing in things.items()} for part, things in state.stateful().items()
     }

@@ -22,7 +22,7 @@ from __future__ import annotations
 import base64
 import json
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -50,12 +50,14 @@ class Encoder:
 
     Attributes:
         owned: whether plain tensors of what is encoded next are this rank's to write to disk.
+        elsewhere: paths of those that are not.
         sharded: whether what is encoded next may be distributed, or replicated.
         own, shares: what is only here; parts of what is replicated, which ``move_shares`` puts behind.
     """
 
     def __init__(self, portions: Mapping[str, Portion] | None = None) -> None:
         self.owned = self.sharded = True
+        self.elsewhere: Collection[str] = ()
         self.own, self.shares = Payload(), Payload()
         self._portions = portions or {}
         self._moving: list[dict[str, Any]] = []
@@ -135,7 +137,7 @@ class Encoder:
 
     def leaf(self, tensor: torch.Tensor, path: str) -> Leaf:
         """A place for a tensor's bytes; the one that it has, if the same memory was met before."""
-        shard, owned, share, payload = None, self.owned, None, self.own
+        shard, owned, share, payload = None, self.owned and path not in self.elsewhere, None, self.own
         if isinstance(tensor, DTensor):
             if not self.sharded:
                 raise InvalidArgument(

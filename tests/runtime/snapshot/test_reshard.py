@@ -15,7 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import stowplan
 from stowplan import InvalidArgument, InvalidSnapshot, SnapshotMismatch
-from stowplan.runtime.snapshot.contents import Piece
+from stowplan.runtime.snapshot.contents import Contents, Piece
+from stowplan.runtime.snapshot.place import Agreement
+from stowplan.runtime.snapshot.replicas import written_elsewhere
 from stowplan.runtime.snapshot.restore import reshard, restore
 from stowplan.runtime.snapshot.state import TrainingState, flatten
 from stowplan.runtime.snapshot.state_schema import dump_schema
@@ -194,3 +196,26 @@ def test_a_pipelines_stages_are_restored_and_become_one_model(ranks: Ranks) -> N
     for one, other in zip(model.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(one, other)
     assert optimizer.param_groups[0]["lr"] == 0.1
+
+
+def owned_names(rank: int) -> tuple[list[str], list[str]]:
+    """Of a pipeline, and of a model that all ranks have alike."""
+    pipeline = stowplan.Pipeline(
+        layers(), num_microbatches=2, loss_fn=lambda output, target: (output - target).pow(2).mean()
+    )
+    found = []
+    for model in (pipeline, layers()):
+        state = TrainingState(model=model)
+        schema = flatten(state, elsewhere=written_elsewhere(Agreement(), state)).schema
+        leaves = Contents.of(Piece(schema, bytes(schema["bytes"]))).model.items()
+        found.append([name for name, leaf in leaves if leaf.owned])
+    return found[0], found[1]
+
+
+def test_each_name_is_written_to_disk_by_one_rank(ranks: Ranks) -> None:
+    names = sorted(layers().state_dict())
+    (first, alike), (second, none) = ranks.run(owned_names)
+    assert first
+    assert second
+    assert sorted(first + second) == names
+    assert (sorted(alike), none) == (names, [])
