@@ -42,7 +42,9 @@ class Store:
         self._reserving = threading.Lock()
         self._changed = threading.Condition(threading.RLock())
         self._checkers = ThreadPoolExecutor(num_threads, "checksums")
-        self._coders = ThreadPoolExecutor(num_ranks, "coder")  # of their own, as a coder may wait for checksums
+        # Of each rank its own, as a coder may wait for checksums, and for the same rank's on other nodes.
+        self._coders = [ThreadPoolExecutor(1, f"coder-{rank}") for rank in range(num_ranks)]
+        self._to_be_coded: set[tuple[int, Snapshot]] = set()  # not begun yet
 
     # ---- memory ----
     def reserve(self, rank: int, geometry: Geometry, coding: Coding) -> RankMemory:
@@ -91,7 +93,7 @@ class Store:
             self._raise(memory.slots.generation)
             _LOG.info("rank %d: adopted %s", rank, [slot.state.name for slot in memory.slots.slots])
         self._submit(self._checkers, rank, self._verify, memory)
-        self.resume()
+        self.resume(rank)
         return memory
 
     def memory(self, rank: int) -> RankMemory:
@@ -211,7 +213,8 @@ class Store:
             for memory in self._ranks.values():
                 memory.become(memory.slots.rolled_back(sequence))
             self._changed.notify_all()
-        self.resume()
+        for rank in self.members():
+            self.resume(rank)
 
     # ---- what there is ----
     @contextmanager
@@ -259,7 +262,8 @@ class Store:
     def close(self) -> None:
         """Wait for what is being computed, and give the memory up."""
         self._checkers.shutdown(cancel_futures=True)
-        self._coders.shutdown(cancel_futures=True)
+        for coders in self._coders:
+            coders.shutdown(cancel_futures=True)
         with self._changed:
             for memory in self._ranks.values():
                 memory.region.close()
@@ -279,7 +283,7 @@ class Store:
             with self._changed:
                 self._completing.discard((memory.rank, snapshot))
                 self._changed.notify_all()
-        self._submit(self._coders, memory.rank, self._coder.code, self, memory.rank, snapshot)
+        self._bring_on_its_way(memory.rank, snapshot)
 
     def _verify(self, memory: RankMemory) -> None:
         for index in range(len(memory.slots.slots)):
@@ -298,12 +302,24 @@ class Store:
                 self._unverified.discard(memory.rank)
             self._changed.notify_all()
 
-    def resume(self) -> None:
-        """Tell the coder of what is on its way, as nobody else will."""
-        for rank, slots in self.members().items():
-            for slot in slots.slots:
-                if slot.snapshot and State.LOCAL <= slot.state < State.GLOBAL:
-                    self._submit(self._coders, rank, self._coder.code, self, rank, slot.snapshot)
+    def resume(self, rank: int) -> None:
+        """Tell the coder of what of this rank is on its way, as nobody else will."""
+        for slot in self.members()[rank].slots:
+            if slot.snapshot and State.LOCAL <= slot.state < State.GLOBAL:
+                self._bring_on_its_way(rank, slot.snapshot)
+
+    def _bring_on_its_way(self, rank: int, snapshot: Snapshot) -> None:
+        """Once more where it is being coded already, as what held that up may be gone; not where it waits for that."""
+        with self._changed:
+            if (rank, snapshot) in self._to_be_coded:
+                return
+            self._to_be_coded.add((rank, snapshot))
+        self._submit(self._coders[rank], rank, self._code, rank, snapshot)
+
+    def _code(self, rank: int, snapshot: Snapshot) -> None:
+        with self._changed:
+            self._to_be_coded.discard((rank, snapshot))
+        self._coder.code(self, rank, snapshot)
 
     def _submit(self, pool: ThreadPoolExecutor, rank: int, job: Callable[..., None], *arguments: object) -> None:
         """Run it in the background; ``reduced`` tells what it raises until a snapshot is GLOBAL again."""
