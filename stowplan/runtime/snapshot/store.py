@@ -130,7 +130,8 @@ class Store:
                 return
             self._completing.add((rank, header.snapshot))
             memory.times.written(sequence)
-        self._submit(self._checkers, rank, self._complete, memory, header.snapshot)
+        if not self._submit(self._checkers, rank, self._complete, memory, header.snapshot):
+            self._end_completing(rank, header.snapshot)
 
     def abandon(self, rank: int, sequence: int) -> None:
         """Give a snapshot up. Raises SnapshotRefused."""
@@ -280,10 +281,17 @@ class Store:
             with self._changed:
                 self._having(memory.rank, snapshot, State.WRITING).make_local(snapshot.sequence, sums)
         finally:
-            with self._changed:
-                self._completing.discard((memory.rank, snapshot))
-                self._changed.notify_all()
+            self._end_completing(memory.rank, snapshot)
         self._bring_on_its_way(memory.rank, snapshot)
+
+    def _end_completing(self, rank: int, snapshot: Snapshot) -> None:
+        """No checksums are computed any more; without them it is given up, as it would be in nobody's hands."""
+        with self._changed:
+            self._completing.discard((rank, snapshot))
+            if self.holds(rank, snapshot, State.WRITING) and not self.holds(rank, snapshot, State.LOCAL):
+                _LOG.error("rank %d: gave up %s, as its checksums cannot be computed", rank, snapshot)
+                self.abandon(rank, snapshot.sequence)
+            self._changed.notify_all()
 
     def _verify(self, memory: RankMemory) -> None:
         for index in range(len(memory.slots.slots)):
@@ -314,26 +322,35 @@ class Store:
             if (rank, snapshot) in self._to_be_coded:
                 return
             self._to_be_coded.add((rank, snapshot))
-        self._submit(self._coders[rank], rank, self._code, rank, snapshot)
+        if not self._submit(self._coders[rank], rank, self._code, rank, snapshot):
+            self._to_be_coded.discard((rank, snapshot))
 
     def _code(self, rank: int, snapshot: Snapshot) -> None:
         with self._changed:
             self._to_be_coded.discard((rank, snapshot))
         self._coder.code(self, rank, snapshot)
 
-    def _submit(self, pool: ThreadPoolExecutor, rank: int, job: Callable[..., None], *arguments: object) -> None:
-        """Run it in the background; ``reduced`` tells what it raises until a snapshot is GLOBAL again."""
+    def _submit(self, pool: ThreadPoolExecutor, rank: int, job: Callable[..., None], *arguments: object) -> bool:
+        """Run it in the background, if it can be; ``reduced`` tells what is wrong until a snapshot is GLOBAL again."""
 
         def ended(future: Future[None]) -> None:
             error = None if future.cancelled() else future.exception()
             if isinstance(error, SnapshotRefused):  # given up meanwhile
                 _LOG.info("rank %d: %s", rank, error)
             elif error is not None:
-                _LOG.error("rank %d: a snapshot stays as it is", rank, exc_info=error)
-                with self._changed:
-                    self._failed[rank] = f"{type(error).__name__}: {error}"
+                self._fail(rank, error)
 
-        pool.submit(job, *arguments).add_done_callback(ended)
+        try:
+            pool.submit(job, *arguments).add_done_callback(ended)
+        except RuntimeError as error:  # no more threads
+            self._fail(rank, error)
+            return False
+        return True
+
+    def _fail(self, rank: int, error: BaseException) -> None:
+        _LOG.error("rank %d: a snapshot goes no further", rank, exc_info=error)
+        with self._changed:
+            self._failed[rank] = f"{type(error).__name__}: {error}"
 
     def _having(self, rank: int, snapshot: Snapshot, least: State = State.LOCAL) -> RankMemory:
         memory = self.memory(rank)

@@ -315,3 +315,33 @@ def test_what_waits_to_be_coded_is_not_told_twice(stores):
     store.roll_back(0)
     written(store, SECOND, 0)
     assert coder.until(4)[2:] == [(0, FIRST), (0, SECOND)], "once more, as what held it up may be gone"
+
+
+def test_what_cannot_be_completed_is_given_up(stores, monkeypatch):
+    store = stores(coder=Recorder())
+
+    def failing(*_):
+        raise MemoryError("no room for a table")
+
+    monkeypatch.setattr("stowplan.runtime.snapshot.store.chunk_crcs", failing)
+    store.begin(0, FIRST, DATA_BYTES, SCHEMA_BYTES)
+    store.written(0, 1)
+    assert store.wait(0, 1, State.LOCAL, 5) is State.FREE
+    eventually(lambda: "rank 0: MemoryError: no room for a table" in store.reduced())
+    monkeypatch.undo()
+    written(store, SECOND)
+
+
+def test_what_cannot_be_begun_to_be_completed_is_given_up(stores, monkeypatch):
+    store = stores(coder=Recorder())
+
+    def failing(*_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(store._checkers, "submit", failing)
+    store.begin(0, FIRST, DATA_BYTES, SCHEMA_BYTES)
+    store.written(0, 1)
+    assert store.wait(0, 1, State.LOCAL, 5) is State.FREE
+    assert "rank 0: RuntimeError: can't start new thread" in store.reduced()
+    monkeypatch.undo()
+    written(store, SECOND)
