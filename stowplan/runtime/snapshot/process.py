@@ -14,6 +14,7 @@ import faulthandler
 import logging
 import logging.handlers
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -63,6 +64,8 @@ def _serve(options: argparse.Namespace, files: protocol.Files, tell: int) -> int
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGPIPE):
         signal.signal(number, signal.SIG_IGN)
     _log_to(files.log)
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     try:
         lock = FileLock(files.lock)
         if not lock.acquire(blocking=False):

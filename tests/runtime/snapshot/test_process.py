@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -46,9 +47,18 @@ def write(client, sequence):
 
 
 # ---- the process ---------------------------------------------------------------------------------------------------
-def test_it_is_nobody_s_child_in_a_session_of_its_own_without_torch(clients, directory):
+@pytest.fixture
+def few_descriptors():
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(500, limits[1]), limits[1]))
+    yield limits[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_it_is_nobody_s_child_in_a_session_of_its_own_without_torch(few_descriptors, clients, directory):
     clients()
     process = psutil.Process(process_of(directory))
+    assert process.rlimit(psutil.RLIMIT_NOFILE) == (few_descriptors, few_descriptors)
     assert process.ppid() != os.getpid()
     assert os.getsid(process.pid) not in (os.getsid(0), process.ppid())
     assert os.getpgid(process.pid) != os.getpgid(0)
