@@ -5,11 +5,15 @@
         .metadata                     torch's, of all ranks together
         __0_0.distcp  __1_0.distcp    each rank's tensors and values
         rank_00000.json               each rank's schema, and what it wrote where
-        COMPLETE                      JSON: step, world size, bytes and CRC-32C of every file
+        COMPLETE                      JSON: step, world size, attempt, bytes and CRC-32C of every file
       step_000000000240.partial-1/    being written; 1 is the attempt
 
 A rank's JSON comes last, written under another name, synced and renamed: so a part is there or it is not.
 The process with rank 0's part waits for the others, writes ``.metadata`` and COMPLETE, syncs, and renames it all.
+
+Note: which copy is the newest. A job that went back from step 500 to 100 and then wrote 110 goes on from 110. So copies
+are in the order of the attempts that wrote them, and of one attempt in the order of steps. Each start of the job has a
+higher attempt than all before, whatever was lost in between (``next_attempt``); an older one completes nothing more.
 """
 
 from __future__ import annotations
@@ -34,7 +38,9 @@ __all__ = [
     "copy_path",
     "finish",
     "good_copies",
+    "is_complete",
     "newest_complete",
+    "next_attempt",
     "own_name",
     "part_name",
     "prune",
@@ -43,7 +49,8 @@ __all__ = [
 ]
 
 COMPLETE = "COMPLETE"
-_NAME = re.compile(r"step_(\d{12})")
+_NAME = re.compile(r"step_\d{12}")
+_PARTIAL = re.compile(r"step_(\d{12})\.partial-(\d+)")
 _BLOCK = 4 << 20
 
 
@@ -88,21 +95,27 @@ def write_part(
 def finish(directory: str | Path, step: int, world_size: int, *, attempt: int = 0) -> Path | None:
     """Make a snapshot complete if all ranks' parts are there. One process asks: the one that wrote rank 0's part.
 
-    A good copy of the same step that is there already stays as it is.
+    A good copy of the same step and attempt that is there already stays as it is; one of an older attempt is replaced.
 
     Returns:
         The directory of the complete copy; None while parts are missing.
 
     Raises:
         OSError: a fault of the disk.
-        InvalidSnapshot: the parts are not of one snapshot.
+        InvalidSnapshot: the parts are not of one snapshot, or there are good copies of a newer attempt.
     """
     final, folder = copy_path(directory, step), _partial(Path(directory), step, attempt)
-    if _is_good(final):
+    if is_complete(directory, step, attempt=attempt) and _is_good(final):
         return final
     names = [part_name(rank) for rank in range(world_size)]
-    if not all((folder / name).exists() for name in names):
+    if not folder.is_dir() or not set(names).issubset(path.name for path in folder.iterdir()):
         return None
+    newest = newest_complete(directory)
+    if newest is not None and _order(newest)[0] > attempt:
+        raise InvalidSnapshot(
+            f"{newest} is of attempt {_order(newest)[0]}, and this is attempt {attempt}, an older one: end what is "
+            f"left of it. Where it is the newest, start it with an attempt that next_attempt gives."
+        )
     fail_at("disk.finish")
     parts = [json.loads((folder / name).read_bytes()) for name in names]
     files = {name: entry for part in parts for name, entry in part["files"].items()}
@@ -110,10 +123,13 @@ def finish(directory: str | Path, step: int, world_size: int, *, attempt: int = 
     files |= {name: _checksum(folder / name) for name in (".metadata", *names)}
     marker = {"step": step, "world_size": world_size, "attempt": attempt, "files": files}
     _write_file(folder / COMPLETE, dump_schema(marker))
-    if final.exists():
-        shutil.rmtree(final)
+    aside = _partial(Path(directory), step, min(_order(final)[0], attempt - 1))
+    if final.exists():  # out of the way in one step, so that there is hardly a moment without either
+        shutil.rmtree(aside, ignore_errors=True)
+        final.rename(aside)
     folder.rename(final)
     _sync(Path(directory))
+    shutil.rmtree(aside, ignore_errors=True)
     return final
 
 
@@ -123,16 +139,39 @@ def copy_path(directory: str | Path, step: int) -> Path:
 
 
 def good_copies(directory: str | Path) -> list[Path]:
-    """Complete copies of which every file has its full length, oldest first."""
-    directory = Path(directory)
-    if not directory.is_dir():
-        return []
-    return sorted(path for path in directory.iterdir() if _NAME.fullmatch(path.name) and _is_good(path))
+    """Complete copies of which every file has its full length, by attempt, and by step within an attempt."""
+    return sorted(filter(_is_good, _copies(Path(directory))), key=_order)
 
 
 def newest_complete(directory: str | Path) -> Path | None:
     """The newest good copy; None if there is none. ``verify`` compares its bytes, too."""
     return next(reversed(good_copies(directory)), None)
+
+
+def is_complete(directory: str | Path, step: int, *, attempt: int = 0) -> bool:
+    """Whether this attempt has completed the copy of this step: reads its COMPLETE, and nothing else."""
+    return _order(copy_path(directory, step)) == (attempt, step)
+
+
+def next_attempt(directory: str | Path, least: int = 1) -> int:
+    """At least ``least``, and above every attempt that left anything here; ranks take the highest of all theirs."""
+    directory = Path(directory)
+    found = [_order(path)[0] for path in _copies(directory)]
+    found += [int(match[2]) for path in directory.glob("step_*") if (match := _PARTIAL.fullmatch(path.name))]
+    return max([least, *(attempt + 1 for attempt in found)])
+
+
+def _copies(directory: Path) -> list[Path]:
+    return [path for path in directory.glob("step_*") if _NAME.fullmatch(path.name)]
+
+
+def _order(path: Path) -> tuple[int, int]:
+    """Attempt and step of a copy; before all others where that cannot be read."""
+    try:
+        marker = json.loads((path / COMPLETE).read_bytes())
+        return int(marker["attempt"]), int(marker["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return -1, -1
 
 
 def _is_good(path: Path) -> bool:
@@ -162,18 +201,16 @@ def verify(path: str | Path) -> None:
 def prune(directory: str | Path, keep: int, *, attempt: int = 0) -> list[Path]:
     """Delete all but the last ``keep`` good copies (at least one stays), and what cannot become complete any more.
 
-    A copy that is damaged counts for nothing, and goes when it is older than the oldest that stays.
+    That is what older attempts did not complete, and what this one did not when it has completed a later step. A copy
+    that is damaged counts for nothing, and goes when its step is before all that stay.
     """
     good = good_copies(directory)
-    oldest = good[-max(keep, 1) :][:1]
-    dead = []
-    for path in Path(directory).glob("step_*"):
-        step, partial, other = path.name.partition(".partial-")
-        if partial:
-            stale = other.isdigit() and int(other) < attempt
-            if stale or (good and step <= good[-1].name):
-                dead.append(path)
-        elif _NAME.fullmatch(step) and oldest and step < oldest[0].name:
+    kept = good[-max(keep, 1) :]
+    own = max((order for order in map(_order, kept) if order[0] == attempt), default=(attempt, -1))
+    partials = [(path, _PARTIAL.fullmatch(path.name)) for path in Path(directory).glob("step_*")]
+    dead = [path for path, match in partials if match and (int(match[2]), int(match[1])) <= own]
+    for path in _copies(Path(directory)):
+        if path not in kept and (path in good or (kept and path.name < min(kept).name)):
             dead.append(path)
     for path in dead:
         (path / COMPLETE).unlink(missing_ok=True)  # first: half a copy is none

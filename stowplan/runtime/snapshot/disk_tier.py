@@ -10,7 +10,7 @@ from pathlib import Path
 
 from stowplan.core.errors import InvalidArgument, StowplanError
 from stowplan.runtime.snapshot.contents import Piece
-from stowplan.runtime.snapshot.disk import copy_path, finish, newest_complete, prune, write_part
+from stowplan.runtime.snapshot.disk import finish, is_complete, prune, write_part
 from stowplan.runtime.snapshot.state_schema import load_schema
 
 __all__ = ["DiskStatus", "DiskTier"]
@@ -50,7 +50,7 @@ class DiskTier:
         directory: on a file system that all nodes share.
         world_size: how many ranks' parts make a copy.
         keep: how many complete copies stay; the newest good one always does.
-        attempt: of the job, raised at each restart.
+        attempt: of the job, the same on all ranks, raised at each start (``disk.next_attempt``).
         patience_seconds: how long to wait for the other nodes' parts before giving a copy up.
     """
 
@@ -181,12 +181,10 @@ class DiskTier:
     def _complete(self, step: int, first: bool) -> bool:
         """Whether the copy becomes complete while there is patience; the process with rank 0's part makes it so."""
         deadline = time.monotonic() + self._patience_seconds
-        final = copy_path(self.directory, step)
         while True:
             if first:
                 finish(self.directory, step, self._world_size, attempt=self._attempt)
-            newest = newest_complete(self.directory)
-            if newest is not None and newest >= final:
+            if is_complete(self.directory, step, attempt=self._attempt):
                 return True
             if step <= self._given_up or time.monotonic() > deadline or self._closing.wait(_POLL_SECONDS):
                 return False
