@@ -55,7 +55,12 @@ _BLOCK = 4 << 20
 
 
 def write_part(
-    directory: str | Path, piece: Piece, *, attempt: int = 0, overtaken: Callable[[], bool] = lambda: False
+    directory: str | Path,
+    piece: Piece,
+    *,
+    attempt: int = 0,
+    overtaken: Callable[[], bool] = lambda: False,
+    run: str = "",
 ) -> int:
     """Write one rank's part of a snapshot; what other ranks write is left out. Gives the bytes written.
 
@@ -63,6 +68,7 @@ def write_part(
         directory: the same for all ranks, on a file system that all nodes share.
         piece: the buffer must not change meanwhile.
         attempt: of the job; parts of different attempts are never put together.
+        run: the job's name; parts of different runs are never put together.
         overtaken: asked when all has been read; whether the buffer has changed meanwhile, so that this is no part.
 
     Raises:
@@ -84,6 +90,7 @@ def write_part(
             file.unlink(missing_ok=True)
         raise
     part: dict[str, Any] = {
+        "run": run,
         "schema": load_schema(piece.schema),
         "items": items,
         "files": {name: _checksum(folder / name) for name in sorted({item["file"] for item in items})},
@@ -92,7 +99,7 @@ def write_part(
     return sum(size for size, _ in part["files"].values())
 
 
-def finish(directory: str | Path, step: int, world_size: int, *, attempt: int = 0) -> Path | None:
+def finish(directory: str | Path, step: int, world_size: int, *, attempt: int = 0, run: str = "") -> Path | None:
     """Make a snapshot complete if all ranks' parts are there. One process asks: the one that wrote rank 0's part.
 
     A good copy of the same step and attempt that is there already stays as it is; one of an older attempt is replaced.
@@ -102,7 +109,8 @@ def finish(directory: str | Path, step: int, world_size: int, *, attempt: int = 
 
     Raises:
         OSError: a fault of the disk.
-        InvalidSnapshot: the parts are not of one snapshot, or there are good copies of a newer attempt.
+        InvalidSnapshot: the parts are not of one snapshot, or of another run, or there are good copies of another run
+            or of a newer attempt.
     """
     final, folder = copy_path(directory, step), _partial(Path(directory), step, attempt)
     if is_complete(directory, step, attempt=attempt) and _is_good(final):
@@ -110,7 +118,7 @@ def finish(directory: str | Path, step: int, world_size: int, *, attempt: int = 
     names = [part_name(rank) for rank in range(world_size)]
     if not folder.is_dir() or not set(names).issubset(path.name for path in folder.iterdir()):
         return None
-    newest = newest_complete(directory)
+    newest = newest_complete(directory, run)
     if newest is not None and _order(newest)[0] > attempt:
         raise InvalidSnapshot(
             f"{newest} is of attempt {_order(newest)[0]}, and this is attempt {attempt}, an older one: end what is "
@@ -118,10 +126,12 @@ def finish(directory: str | Path, step: int, world_size: int, *, attempt: int = 
         )
     fail_at("disk.finish")
     parts = [json.loads((folder / name).read_bytes()) for name in names]
+    for name, part in zip(names, parts, strict=True):
+        _check_run(folder / name, part["run"], run)
     files = {name: entry for part in parts for name, entry in part["files"].items()}
     write_metadata(folder, parts, world_size, step)
     files |= {name: _checksum(folder / name) for name in (".metadata", *names)}
-    marker = {"step": step, "world_size": world_size, "attempt": attempt, "files": files}
+    marker = {"step": step, "world_size": world_size, "attempt": attempt, "run": run, "files": files}
     _write_file(folder / COMPLETE, dump_schema(marker))
     aside = _partial(Path(directory), step, min(_order(final)[0], attempt - 1))
     if final.exists():  # out of the way in one step, so that there is hardly a moment without either
@@ -138,14 +148,20 @@ def copy_path(directory: str | Path, step: int) -> Path:
     return Path(directory) / f"step_{step:012}"
 
 
-def good_copies(directory: str | Path) -> list[Path]:
-    """Complete copies of which every file has its full length, by attempt, and by step within an attempt."""
-    return sorted(filter(_is_good, _copies(Path(directory))), key=_order)
+def good_copies(directory: str | Path, run: str = "") -> list[Path]:
+    """Complete copies of which every file has its full length, by attempt, and by step within an attempt.
+
+    Raises InvalidSnapshot: one is of another run than ``run``; copies without a name, and no name here, are any run's.
+    """
+    good = sorted(filter(_is_good, _copies(Path(directory))), key=_order)
+    for path in good:
+        _check_run(path, _marker(path).get("run", ""), run)
+    return good
 
 
-def newest_complete(directory: str | Path) -> Path | None:
-    """The newest good copy; None if there is none. ``verify`` compares its bytes, too."""
-    return next(reversed(good_copies(directory)), None)
+def newest_complete(directory: str | Path, run: str = "") -> Path | None:
+    """The newest good copy; None if there is none. ``verify`` compares its bytes, too. Raises as ``good_copies``."""
+    return next(reversed(good_copies(directory, run)), None)
 
 
 def is_complete(directory: str | Path, step: int, *, attempt: int = 0) -> bool:
@@ -167,19 +183,32 @@ def _copies(directory: Path) -> list[Path]:
 
 def _order(path: Path) -> tuple[int, int]:
     """Attempt and step of a copy; before all others where that cannot be read."""
-    try:
-        marker = json.loads((path / COMPLETE).read_bytes())
-        return int(marker["attempt"]), int(marker["step"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return -1, -1
+    marker = _marker(path)
+    return marker.get("attempt", -1), marker.get("step", -1)
 
 
 def _is_good(path: Path) -> bool:
     try:
-        files = json.loads((path / COMPLETE).read_bytes())["files"]
-        return all((path / name).stat().st_size == size for name, (size, _) in files.items())
+        return all((path / name).stat().st_size == size for name, (size, _) in _marker(path)["files"].items())
     except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def _marker(path: Path) -> dict[str, Any]:
+    """What a copy's COMPLETE says; nothing where it cannot be read."""
+    try:
+        marker = json.loads((path / COMPLETE).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return marker if isinstance(marker, dict) else {}
+
+
+def _check_run(path: Path, found: str, run: str) -> None:
+    if run and found and found != run:
+        raise InvalidSnapshot(
+            f"{path} is of run {found!r}, and this is run {run!r}: give each run a directory of its own. To go on with "
+            f"what {found!r} wrote, start with run={found!r}, or restore that copy by restore_from_disk."
+        )
 
 
 def verify(path: str | Path) -> None:

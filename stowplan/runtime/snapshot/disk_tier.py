@@ -10,7 +10,7 @@ from pathlib import Path
 
 from stowplan.core.errors import InvalidArgument, StowplanError
 from stowplan.runtime.snapshot.contents import Piece
-from stowplan.runtime.snapshot.disk import finish, is_complete, prune, write_part
+from stowplan.runtime.snapshot.disk import finish, good_copies, is_complete, prune, write_part
 from stowplan.runtime.snapshot.state_schema import load_schema
 
 __all__ = ["DiskStatus", "DiskTier"]
@@ -52,6 +52,7 @@ class DiskTier:
         keep: how many complete copies stay; the newest good one always does.
         attempt: of the job, the same on all ranks, raised at each start (``disk.next_attempt``).
         patience_seconds: how long to wait for the other nodes' parts before giving a copy up.
+        run: the job's name; nothing is written where a copy of another run is. Default: none, which is any run's.
     """
 
     def __init__(
@@ -62,12 +63,13 @@ class DiskTier:
         keep: int = 2,
         attempt: int = 0,
         patience_seconds: float = 600.0,
+        run: str = "",
     ) -> None:
         if type(keep) is not int or keep < 1:
             raise InvalidArgument(f"keep={keep!r}: keep at least 1 copy.")
         self.directory = Path(directory)
         self._world_size, self._keep, self._attempt = world_size, keep, attempt
-        self._patience_seconds = patience_seconds
+        self._patience_seconds, self._run = patience_seconds, run
         self._status = DiskStatus()
         self._lock = threading.Lock()
         self._closing = threading.Event()
@@ -158,8 +160,9 @@ class DiskTier:
         begin = time.monotonic()
         try:
             try:
+                good_copies(self.directory, self._run)
                 num_bytes = sum(
-                    write_part(self.directory, piece, attempt=self._attempt, overtaken=overtaken.is_set)
+                    write_part(self.directory, piece, attempt=self._attempt, overtaken=overtaken.is_set, run=self._run)
                     for piece in pieces
                 )
             finally:
@@ -183,7 +186,7 @@ class DiskTier:
         deadline = time.monotonic() + self._patience_seconds
         while True:
             if first:
-                finish(self.directory, step, self._world_size, attempt=self._attempt)
+                finish(self.directory, step, self._world_size, attempt=self._attempt, run=self._run)
             if is_complete(self.directory, step, attempt=self._attempt):
                 return True
             if step <= self._given_up or time.monotonic() > deadline or self._closing.wait(_POLL_SECONDS):

@@ -217,6 +217,31 @@ def test_a_copy_of_another_step_is_not_the_one_that_is_written(tmp_path: Path) -
     assert (tier.status.num_written, tier.status.failed_step) == (0, 110)
 
 
+def test_another_run_neither_restores_nor_writes_nor_deletes(tmp_path: Path) -> None:
+    mine = DiskTier(tmp_path, world_size=1, keep=1, run="mine")
+    assert mine.offer([small(5)])
+    assert mine.wait()
+    assert mine.status.num_written == 1
+    path = tmp_path / "step_000000000005"
+    said = "is of run 'mine', and this is run 'yours': give each run a directory of its own"
+    with pytest.raises(InvalidSnapshot, match=said):
+        newest_complete(tmp_path, "yours")
+    assert newest_complete(tmp_path, "mine") == newest_complete(tmp_path) == path
+    yours = DiskTier(tmp_path, world_size=1, keep=1, run="yours", attempt=1)
+    assert yours.offer([small(6)])
+    assert yours.wait()
+    assert said in yours.status.error
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_parts_of_two_runs_are_not_put_together(tmp_path: Path) -> None:
+    base = small(6)
+    for rank, run in enumerate(("mine", "yours")):
+        write_part(tmp_path, Piece({**json.loads(base.schema), "rank": rank, "world_size": 2}, base.buffer), run=run)
+    with pytest.raises(InvalidSnapshot, match=r"rank_00001.json is of run 'yours', and this is run 'mine'"):
+        finish(tmp_path, 6, 2, run="mine")
+
+
 def test_what_is_left_of_an_older_attempt_completes_nothing(tmp_path: Path) -> None:
     write_part(tmp_path, small(7), attempt=2)
     assert next_attempt(tmp_path, 2) == 3
