@@ -59,7 +59,7 @@ def write_part(
     piece: Piece,
     *,
     attempt: int = 0,
-    overtaken: Callable[[], bool] = lambda: False,
+    stopped: Callable[[], str] = lambda: "",
     run: str = "",
 ) -> int:
     """Write one rank's part of a snapshot; what other ranks write is left out. Gives the bytes written.
@@ -69,12 +69,13 @@ def write_part(
         piece: the buffer must not change meanwhile.
         attempt: of the job; parts of different attempts are never put together.
         run: the job's name; parts of different runs are never put together.
-        overtaken: asked when all has been read; whether the buffer has changed meanwhile, so that this is no part.
+        stopped: asked before each tensor and when all has been read; why this is to be no part, as when the buffer has
+            changed meanwhile. Empty: nothing is wrong.
 
     Raises:
         OSError, RuntimeError: a full disk, or another fault of it (torch tells some as RuntimeError). There is no
             part then, and what was written of it is deleted.
-        InvalidSnapshot: the schema is damaged, or it was overtaken.
+        InvalidSnapshot: the schema is damaged, or it was stopped.
     """
     contents = Contents.of(piece)
     folder = _partial(Path(directory), contents.step, attempt)
@@ -82,9 +83,7 @@ def write_part(
     (folder / part_name(contents.rank)).unlink(missing_ok=True)
     try:
         fail_at("disk.part")
-        items = write_files(folder, contents)
-        if overtaken():
-            raise InvalidSnapshot("its memory was needed for the next snapshot before it was written.")
+        items = write_files(folder, contents, stopped)
     except BaseException:
         for file in folder.glob(f"__{contents.rank}_*"):  # a full disk needs its room
             file.unlink(missing_ok=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +34,17 @@ from stowplan.runtime.snapshot.state_schema import load_schema
 __all__ = ["own_name", "part_name", "write_files", "write_metadata"]
 
 
-def write_files(folder: Path, contents: Contents) -> list[dict[str, Any]]:
-    """Write what a rank's part has, synced; what lies where. Raises OSError, RuntimeError: a fault of the disk."""
+def write_files(folder: Path, contents: Contents, stopped: Callable[[], str]) -> list[dict[str, Any]]:
+    """Write what a rank's part has, synced; what lies where.
+
+    Raises OSError, RuntimeError: a fault of the disk; InvalidSnapshot: ``stopped`` says why, between tensors or after.
+    """
     entries = dict(_entries(contents))
     writer = FileSystemWriter(folder, single_file_per_rank=True, sync_files=True)
     writer.set_up_storage_writer(True, rank=contents.rank, use_collectives=False)
     plan = writer.prepare_local_plan(SavePlan([_write_item(name, entry) for name, entry in entries.items()]))
-    results = writer.write_data(plan, _Resolver(contents, entries)).value()
+    results = writer.write_data(plan, _Resolver(contents, entries, stopped)).value()
+    _check(stopped)
     return [_item(result, entries[result.index.fqn]) for result in results]
 
 
@@ -84,8 +88,8 @@ def _values(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
 class _Resolver(SavePlanner):
     """Hands bytes of a buffer to torch's writer, without a copy."""
 
-    def __init__(self, contents: Contents, entries: Mapping[str, Any]) -> None:
-        self._contents, self._entries = contents, entries
+    def __init__(self, contents: Contents, entries: Mapping[str, Any], stopped: Callable[[], str]) -> None:
+        self._contents, self._entries, self._stopped = contents, entries, stopped
 
     def set_up_planner(self, *args: Any, **kwargs: Any) -> None:
         """Nothing to set up."""
@@ -101,6 +105,7 @@ class _Resolver(SavePlanner):
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
         """The bytes of an item."""
+        _check(self._stopped)
         entry = self._entries[write_item.index.fqn]
         if isinstance(entry, Leaf):
             return self._contents.decoder.view(entry)
@@ -108,6 +113,11 @@ class _Resolver(SavePlanner):
         torch.save(entry, stream)
         stream.seek(0)
         return stream
+
+
+def _check(stopped: Callable[[], str]) -> None:
+    if reason := stopped():
+        raise InvalidSnapshot(reason)
 
 
 def _write_item(name: str, entry: Any) -> WriteItem:

@@ -73,6 +73,7 @@ class DiskTier:
         self._status = DiskStatus()
         self._lock = threading.Lock()
         self._closing = threading.Event()
+        self._ended = threading.Event()
         self._given_up = -1  # newest step of which some part will not come
         self._thread: threading.Thread | None = None
         self._reading_since: float | None = None
@@ -144,10 +145,16 @@ class DiskTier:
             thread.join(timeout_seconds)
         return thread is None or not thread.is_alive()
 
-    def close(self) -> None:
-        """Take no more offers, stop waiting for other nodes, and end when this node's parts are written."""
+    def close(self, timeout_seconds: float = 30.0) -> bool:
+        """Take no more offers, stop waiting for other nodes, and end when this node's parts are written, or at the end.
+
+        What is not written by then stops at the next tensor, or is left to a thread that ends with the process: what
+        there is of it is no copy, and later ones remove it. Gives whether nothing is being written any more.
+        """
         self._closing.set()
-        self.wait()
+        done = self.wait(timeout_seconds)
+        self._ended.set()
+        return done
 
     def _write(
         self,
@@ -157,12 +164,17 @@ class DiskTier:
         release: Callable[[], object] | None,
         overtaken: threading.Event,
     ) -> None:
+        def stopped() -> str:
+            if overtaken.is_set():
+                return "its memory was needed for the next snapshot before it was written."
+            return "training ended before it was written." if self._ended.is_set() else ""
+
         begin = time.monotonic()
         try:
             try:
                 good_copies(self.directory, self._run)
                 num_bytes = sum(
-                    write_part(self.directory, piece, attempt=self._attempt, overtaken=overtaken.is_set, run=self._run)
+                    write_part(self.directory, piece, attempt=self._attempt, stopped=stopped, run=self._run)
                     for piece in pieces
                 )
             finally:

@@ -324,6 +324,24 @@ def test_a_slow_disk_makes_training_skip_copies(tmp_path: Path) -> None:
     assert tier.status.last_step == 3
 
 
+def test_a_disk_that_hangs_holds_nobody_up_in_the_end(tmp_path: Path) -> None:
+    folder = tmp_path / "step_000000000001.partial-0"
+    folder.mkdir()
+    os.mkfifo(folder / "__0_0.distcp")  # nobody reads: opening it does not return
+    tier = DiskTier(tmp_path, world_size=1)
+    assert tier.offer([small(1)])
+    closing = threading.Thread(target=tier.close, args=(0.05,), daemon=True)
+    closing.start()
+    closing.join(30)
+    assert not closing.is_alive()
+    assert tier.status.writing == 1
+    with (folder / "__0_0.distcp").open("rb") as reader:
+        assert reader.read() == b"", "it stops before the first tensor"
+    assert tier.wait(30)
+    assert "training ended before it was written" in tier.status.error
+    assert newest_complete(tmp_path) is None
+
+
 def test_parts_that_do_not_come_are_given_up(tmp_path: Path) -> None:
     schema = {**json.loads(small(4).schema), "world_size": 2}
     tier = DiskTier(tmp_path, world_size=2, patience_seconds=0)
