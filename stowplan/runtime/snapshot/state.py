@@ -124,18 +124,20 @@ class Flat:
             )
         data = as_bytes(buffer)
         streams: dict[torch.device, torch.cuda.Stream] = {}
-        with torch.no_grad():
-            for index, (tensor, offset) in enumerate(zip(self.tensors, self.offsets, strict=True)):
-                if index == len(self.tensors) // 2:
-                    fail_at("copy.during")
-                place = data[offset : offset + tensor.nbytes].view(_INTEGERS[tensor.itemsize]).view(tensor.shape)
-                if tensor.is_cuda:
-                    with torch.cuda.stream(_side_stream(tensor.device, streams)):
-                        place.copy_(bits(tensor), non_blocking=True)
-                else:
-                    place.copy_(bits(tensor))
-        for stream in streams.values():
-            stream.synchronize()
+        try:
+            with torch.no_grad():
+                for index, (tensor, offset) in enumerate(zip(self.tensors, self.offsets, strict=True)):
+                    if index == len(self.tensors) // 2:
+                        fail_at("copy.during")
+                    place = data[offset : offset + tensor.nbytes].view(_INTEGERS[tensor.itemsize]).view(tensor.shape)
+                    if tensor.is_cuda:
+                        with torch.cuda.stream(_side_stream(tensor.device, streams)):
+                            place.copy_(bits(tensor), non_blocking=True)
+                    else:
+                        place.copy_(bits(tensor))
+        finally:  # what failed may leave its memory to others: nothing may still be written into it
+            for stream in streams.values():
+                stream.synchronize()
         return Copied(self.num_bytes, time.perf_counter() - begin)
 
 
