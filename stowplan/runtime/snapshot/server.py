@@ -66,6 +66,7 @@ class Server:
 
     def __init__(self, store: Store, node: str, path: Path, idle_seconds: float, groups: GroupCoder) -> None:
         self.store, self.node, self.idle_seconds, self.groups = store, node, idle_seconds, groups
+        self.asked_to_end = False
         self._path = path
         self._stop = threading.Event()
         self._writers = Writers()
@@ -246,6 +247,7 @@ class Server:
                 return self._status()
             case messages.End():
                 _LOG.info("ends, as a process asks for it")
+                self.asked_to_end = True
                 self.stop()
         return messages.Done()
 
