@@ -94,7 +94,7 @@ class Flat:
     """A training's state as a schema and tensors in order; these are the live ones.
 
     Attributes:
-        schema: JSON-able (``schema.dump_schema`` gives its bytes).
+        schema: JSON-able (``state_schema.dump_schema`` gives its bytes).
         tensors, offsets: what lies where in the buffer, each at a multiple of 64.
         num_bytes: of the buffer.
     """
