@@ -212,11 +212,12 @@ def test_the_directory_is_the_user_s_alone(tmp_path, monkeypatch):
     assert protocol.socket_directory() == Path(f"/tmp/stowplan-{user + 1}")
 
 
-@pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", "a" * 65, "a b", "a@b", "ä"])
+@pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", "a" * 97, "a b", "a@b", "ä"])
 def test_names_that_are_no_part_of_a_path(name, tmp_path):
-    for run, node in ((name, "node"), ("run", name)):
-        with pytest.raises(SnapshotRefused, match="1 to 64 letters"):
+    for run, node, most in ((name, "node", 64), ("run", name, 96)):
+        with pytest.raises(SnapshotRefused, match=f"1 to {most} letters") as raised:
             protocol.files_of(run, node, tmp_path)
+        assert raised.value.reason == "malformed"
 
 
 def test_paths_that_are_too_long_for_a_socket(tmp_path):
