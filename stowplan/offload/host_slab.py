@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import mmap
 import threading
@@ -10,7 +11,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -207,8 +208,18 @@ def page_lock(address: int, size_bytes: int) -> Callable[[], object]:
     runtime = torch.cuda.cudart()
     status = int(runtime.cudaHostRegister(address, size_bytes, 0))
     if status:
+        _forget_last_error(runtime)
         raise RuntimeError(f"cudaHostRegister of {format_bytes(size_bytes)} failed with CUDA error {status}")
     return partial(runtime.cudaHostUnregister, address)
+
+
+def _forget_last_error(runtime: Any) -> None:
+    """Take back the error that a failed call leaves, which the check of the next kernel's launch would raise."""
+    if hasattr(runtime, "cudaGetLastError"):
+        runtime.cudaGetLastError()
+        return
+    with contextlib.suppress(RuntimeError):  # a launch of our own
+        torch.ones(1, device="cuda")
 
 
 def _aligned(size_bytes: int) -> int:

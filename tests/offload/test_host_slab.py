@@ -180,3 +180,32 @@ def test_where_the_host_is_full_too_nothing_is_taken(monkeypatch: pytest.MonkeyP
         with pytest.raises(OSError, match="no memory"):
             slab.take_all(Layout([512, 512, 64, 576]))
         assert slab.used_bytes == 0
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["by the runtime", "by a launch"])
+def test_the_error_of_a_failed_page_lock_is_not_raised_by_the_next_kernel(
+    monkeypatch: pytest.MonkeyPatch, told: bool
+) -> None:
+    class Runtime:
+        last_error = 0
+
+        def cudaHostRegister(self, address: int, size_bytes: int, flags: int) -> int:
+            self.last_error = 712
+            return self.last_error
+
+        def take_last_error(self) -> int:
+            error, self.last_error = self.last_error, 0
+            return error
+
+    def launch(*_: object, **__: object) -> None:
+        if error := runtime.take_last_error():
+            raise RuntimeError(f"CUDA error {error}")
+
+    runtime = Runtime()
+    if told:
+        monkeypatch.setattr(Runtime, "cudaGetLastError", Runtime.take_last_error, raising=False)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch, "ones", launch)
+    with pytest.raises(RuntimeError, match="failed with CUDA error 712"):
+        host_slab.page_lock(4096, 4096)
+    launch()

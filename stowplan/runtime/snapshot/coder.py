@@ -16,10 +16,10 @@ class Coder(Protocol):
     """What brings snapshots from LOCAL to GLOBAL: parity, and the barriers of a group."""
 
     def code(self, store: Store, rank: int, snapshot: Snapshot) -> None:
-        """Called in a worker thread when a rank's slot is LOCAL; again, LOCAL or PARITY, after adoption and roll back.
+        """Called in the rank's own worker thread when its slot is LOCAL; again after adoption and roll back.
 
-        May wait for others. Uses ``store.data``, ``store.parity``, ``store.commit_parity`` and ``store.commit_global``,
-        which raise SnapshotRefused once the snapshot was given up.
+        It may be PARITY then, or GLOBAL. May wait for others. Uses ``store.data``, ``store.parity``,
+        ``store.commit_parity`` and ``store.commit_global``, which raise SnapshotRefused once it was given up.
         """
 
 

@@ -109,6 +109,8 @@ def connect(run: str, node: str, generation: int | None = None, directory: Path 
         connected.connect(str(files.socket))
     except OSError as error:
         connected.close()
+        if isinstance(error, ConnectionRefusedError):
+            _remove_dead(files)
         raise SnapshotProcessUnavailable(
             f"no memory process serves run {run!r} on node {node!r} at {files.socket}: {error}.{_last_lines(files.log)}"
         ) from error
@@ -150,6 +152,17 @@ def start_or_connect(
             time.sleep(_RETRY_SECONDS)
     finally:
         lock.release()
+
+
+def _remove_dead(files: protocol.Files) -> None:
+    """Remove the socket of a process that was killed. Who listens, or is about to, has the lock."""
+    with contextlib.suppress(OSError):
+        lock = FileLock(files.lock)
+        if lock.acquire(blocking=False):
+            try:
+                files.socket.unlink(missing_ok=True)
+            finally:
+                lock.release()
 
 
 def _start(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from stowplan.core.errors import InvalidArgument, StowplanError
 from stowplan.runtime.snapshot.contents import Piece
-from stowplan.runtime.snapshot.disk import copy_path, finish, newest_complete, prune, write_part
+from stowplan.runtime.snapshot.disk import finish, good_copies, is_complete, prune, write_part
 from stowplan.runtime.snapshot.state_schema import load_schema
 
 __all__ = ["DiskStatus", "DiskTier"]
@@ -50,8 +50,9 @@ class DiskTier:
         directory: on a file system that all nodes share.
         world_size: how many ranks' parts make a copy.
         keep: how many complete copies stay; the newest good one always does.
-        attempt: of the job, raised at each restart.
+        attempt: of the job, the same on all ranks, raised at each start (``disk.next_attempt``).
         patience_seconds: how long to wait for the other nodes' parts before giving a copy up.
+        run: the job's name; nothing is written where a copy of another run is. Default: none, which is any run's.
     """
 
     def __init__(
@@ -62,15 +63,17 @@ class DiskTier:
         keep: int = 2,
         attempt: int = 0,
         patience_seconds: float = 600.0,
+        run: str = "",
     ) -> None:
         if type(keep) is not int or keep < 1:
             raise InvalidArgument(f"keep={keep!r}: keep at least 1 copy.")
         self.directory = Path(directory)
         self._world_size, self._keep, self._attempt = world_size, keep, attempt
-        self._patience_seconds = patience_seconds
+        self._patience_seconds, self._run = patience_seconds, run
         self._status = DiskStatus()
         self._lock = threading.Lock()
         self._closing = threading.Event()
+        self._ended = threading.Event()
         self._given_up = -1  # newest step of which some part will not come
         self._thread: threading.Thread | None = None
         self._reading_since: float | None = None
@@ -142,10 +145,16 @@ class DiskTier:
             thread.join(timeout_seconds)
         return thread is None or not thread.is_alive()
 
-    def close(self) -> None:
-        """Take no more offers, stop waiting for other nodes, and end when this node's parts are written."""
+    def close(self, timeout_seconds: float = 30.0) -> bool:
+        """Take no more offers, stop waiting for other nodes, and end when this node's parts are written, or at the end.
+
+        What is not written by then stops at the next tensor, or is left to a thread that ends with the process: what
+        there is of it is no copy, and later ones remove it. Gives whether nothing is being written any more.
+        """
         self._closing.set()
-        self.wait()
+        done = self.wait(timeout_seconds)
+        self._ended.set()
+        return done
 
     def _write(
         self,
@@ -155,11 +164,17 @@ class DiskTier:
         release: Callable[[], object] | None,
         overtaken: threading.Event,
     ) -> None:
+        def stopped() -> str:
+            if overtaken.is_set():
+                return "its memory was needed for the next snapshot before it was written."
+            return "training ended before it was written." if self._ended.is_set() else ""
+
         begin = time.monotonic()
         try:
             try:
+                good_copies(self.directory, self._run)
                 num_bytes = sum(
-                    write_part(self.directory, piece, attempt=self._attempt, overtaken=overtaken.is_set)
+                    write_part(self.directory, piece, attempt=self._attempt, stopped=stopped, run=self._run)
                     for piece in pieces
                 )
             finally:
@@ -181,12 +196,10 @@ class DiskTier:
     def _complete(self, step: int, first: bool) -> bool:
         """Whether the copy becomes complete while there is patience; the process with rank 0's part makes it so."""
         deadline = time.monotonic() + self._patience_seconds
-        final = copy_path(self.directory, step)
         while True:
             if first:
-                finish(self.directory, step, self._world_size, attempt=self._attempt)
-            newest = newest_complete(self.directory)
-            if newest is not None and newest >= final:
+                finish(self.directory, step, self._world_size, attempt=self._attempt, run=self._run)
+            if is_complete(self.directory, step, attempt=self._attempt):
                 return True
             if step <= self._given_up or time.monotonic() > deadline or self._closing.wait(_POLL_SECONDS):
                 return False

@@ -133,6 +133,7 @@ class Exchange:
         if find(self.store, snapshot, State.LOCAL) is None:
             raise InvalidArgument(f"{snapshot} is not LOCAL on node {self.member.node}: commit its data first.")
         self._troubles.clear()
+        self.service.given_up.discard(snapshot)  # of an earlier beginning
         try:
             with fenced(snapshot.generation):
                 async with asyncio.timeout(self.limits.deadline_seconds):

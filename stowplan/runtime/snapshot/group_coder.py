@@ -38,7 +38,6 @@ class GroupCoder:
         self._lock = threading.Lock()
         self._exchanges: dict[int, tuple[tuple[Coding, SnapshotLimits], Exchange, Address]] = {}
         self._met: set[int] = set()  # ranks whose peers' addresses are known
-        self._turns: dict[int, threading.Lock] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._alone = Alone()
 
@@ -85,7 +84,7 @@ class GroupCoder:
         self._wait_for(connect())
         with self._lock:
             self._met.add(rank)
-        store.resume()
+        store.resume(rank)
 
     def recover(self, rank: int, alive: Sequence[int], newest_on_disk: str, attempt: int) -> Restored:
         """As ``recovery.recover``, for the rank's group."""
@@ -100,18 +99,15 @@ class GroupCoder:
             self._alone.code(store, rank, snapshot)
             return
         with self._lock:
-            turn = self._turns.setdefault(rank, threading.Lock())
-            met = rank in self._met
-        if not met:
-            return
-        with turn:
-            while store.holds(rank, snapshot) and not store.holds(rank, snapshot, State.GLOBAL):
-                outcome = self._wait_for(self._exchange(rank).code(snapshot))
-                _LOG.info("rank %d: %s is %s %s", rank, snapshot, outcome.verdict, outcome.reason)
-                if outcome.verdict is Verdict.FENCED:
-                    return
-                if outcome.verdict is Verdict.SKIPPED:
-                    raise SnapshotPeerUnavailable(f"{snapshot} was given up: {outcome.reason}")
+            if rank not in self._met:
+                return
+        while store.holds(rank, snapshot) and not store.holds(rank, snapshot, State.GLOBAL):
+            outcome = self._wait_for(self._exchange(rank).code(snapshot))
+            _LOG.info("rank %d: %s is %s %s", rank, snapshot, outcome.verdict, outcome.reason)
+            if outcome.verdict is Verdict.FENCED:
+                return
+            if outcome.verdict is Verdict.SKIPPED:
+                raise SnapshotPeerUnavailable(f"{snapshot} was given up: {outcome.reason}")
 
     def _exchange(self, rank: int) -> Exchange:
         with self._lock:

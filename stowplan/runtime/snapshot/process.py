@@ -4,7 +4,8 @@
         [--generation G] [--idle-seconds S] [--listen ADDRESS]
 
 returns when the process serves, with 0, or says on stderr why there is none. The process is forked twice and has a
-session of its own: it is in no process group that a launcher kills, and nobody's child. Its log is beside its socket.
+session of its own: it is in no process group that a launcher kills, and nobody's child. Its log is beside its socket; a
+process that was told to end by ``End`` removes it, unless there is more in it than plain information.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import faulthandler
 import logging
 import logging.handlers
 import os
+import re
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -32,6 +35,7 @@ from stowplan.runtime.snapshot.store import Store
 __all__ = ["main"]
 
 _LOG = logging.getLogger("stowplan.runtime.snapshot")
+_INFORMATION = re.compile(r"\S+ \S+ \d+ \S+ INFO .*")  # a line of the log
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -62,12 +66,14 @@ def _serve(options: argparse.Namespace, files: protocol.Files, tell: int) -> int
     os.umask(0o077)
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGPIPE):
         signal.signal(number, signal.SIG_IGN)
-    _log_to(files.log)
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     try:
         lock = FileLock(files.lock)
         if not lock.acquire(blocking=False):
             _tell(tell, "ready")  # another one serves
             return 0
+        _log_to(files.log)
         arm(node_of(options.node))
         coder = GroupCoder(options.run, options.listen)
         store = Store(options.run, options.generation, options.num_ranks, coder)
@@ -80,8 +86,21 @@ def _serve(options: argparse.Namespace, files: protocol.Files, tell: int) -> int
     _LOG.info("serves run %s on node %s: %d ranks", options.run, options.node, options.num_ranks)
     _tell(tell, "ready")
     _LOG.info("ends: %s", server.serve())
+    if server.asked_to_end:
+        _tidy(files)
     lock.release()
     return 0
+
+
+def _tidy(files: protocol.Files) -> None:
+    """Remove what nobody will read: logs without warnings, and what a killed starter left."""
+    logs = [path for path in (files.log, files.log.with_name(f"{files.log.name}.1")) if path.exists()]
+    if all(_INFORMATION.fullmatch(line) for path in logs for line in path.read_text(errors="replace").splitlines()):
+        for path in logs:
+            path.unlink()
+    starter = FileLock(files.start)
+    if starter.acquire(blocking=False):
+        starter.release()
 
 
 def _tell(pipe: int, message: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 
 from stowplan.core.errors import InvalidSnapshot, RankFailed, UnrecoverableSnapshot
@@ -75,7 +76,7 @@ class _Restoring:
             members = self._memory.take_over(layout, found)
             members.reserve(capacity)
         sequence, step = members.recovered(str(copies[0]) if copies else "")
-        if newer := [copy for copy in copies if step_of(copy) > step]:
+        if newer := list(takewhile(lambda copy: step_of(copy) > step, copies)):
             with contextlib.suppress(InvalidSnapshot):
                 if restored := self._from_disk(newer):
                     return restored, False
@@ -106,7 +107,9 @@ class _Restoring:
 
     def _copies(self) -> list[Path]:
         """Complete ones, the newest first; rank 0 looks."""
-        return good_copies(self._directory)[::-1] if self._directory and not self._processes.place.rank else []
+        if self._directory is None or self._processes.place.rank:
+            return []
+        return good_copies(self._directory, self._processes.run)[::-1]
 
     def _agreed(self, doing: str, work: Callable[[], Restored]) -> Restored:
         made: list[Restored] = []

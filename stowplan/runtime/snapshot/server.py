@@ -1,7 +1,7 @@
 """The memory process's side of its socket: who is connected, who writes which rank's memory, and what is answered.
 
 Each connection has a thread. Nothing that a peer sends ends the process: what cannot be read closes the connection, all
-else that is wrong is answered by Refused.
+else that is wrong is answered by Refused. Who comes while no descriptors or threads are left waits, or is refused.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ __all__ = ["Server"]
 _LOG = logging.getLogger(__name__)
 _MOST_CONNECTIONS = 256
 _LOOK_SECONDS = 0.2  # how often it is looked whether the process is to end
+_PAUSE_SECONDS = 0.2  # before somebody is let in again after that failed
 _HANG_UP_SECONDS = 1.0  # how often it is looked whether somebody who waits is still there
 _LONGEST_WAIT_SECONDS = 3600.0
 
@@ -65,6 +66,7 @@ class Server:
 
     def __init__(self, store: Store, node: str, path: Path, idle_seconds: float, groups: GroupCoder) -> None:
         self.store, self.node, self.idle_seconds, self.groups = store, node, idle_seconds, groups
+        self.asked_to_end = False
         self._path = path
         self._stop = threading.Event()
         self._writers = Writers()
@@ -86,8 +88,12 @@ class Server:
         """Answer until the end; why it came."""
         try:
             while not self._stop.is_set():
-                with contextlib.suppress(TimeoutError):
-                    self._accept(self._listener.accept()[0])
+                try:
+                    with contextlib.suppress(TimeoutError):
+                        self._accept(self._listener.accept()[0])
+                except (OSError, RuntimeError) as error:  # no descriptors or threads left; snapshots stay
+                    _LOG.warning("nobody can connect now: %r", error)
+                    self._stop.wait(_PAUSE_SECONDS)
                 with self._lock:
                     if self._sessions:
                         self._busy_at = time.monotonic()
@@ -104,8 +110,12 @@ class Server:
                     session.connection.shutdown(socket.SHUT_RDWR)
 
     def _accept(self, connection: socket.socket) -> None:
-        connection.settimeout(None)
-        session = _Conversation(protocol.peer_of(connection), connection=connection)
+        try:
+            connection.settimeout(None)
+            session = _Conversation(protocol.peer_of(connection), connection=connection)
+        except OSError:
+            connection.close()
+            raise
         with self._lock:
             full = len(self._sessions) >= _MOST_CONNECTIONS
             if not full:
@@ -118,7 +128,14 @@ class Server:
             _LOG.warning("%s", refused)
             self._end(session, messages.Refused(refused.reason, refused.problem))
             return
-        threading.Thread(target=self._converse, args=(session,), daemon=True, name=f"peer-{session.peer.pid}").start()
+        thread = threading.Thread(
+            target=self._converse, args=(session,), daemon=True, name=f"peer-{session.peer.pid}"
+        )  # fmt: skip
+        try:
+            thread.start()
+        except RuntimeError as error:
+            self._end(session, messages.Refused("busy", f"the memory process has no thread left: {error}."))
+            raise
 
     def _converse(self, session: _Conversation) -> None:
         last: Answer | None = None
@@ -230,6 +247,7 @@ class Server:
                 return self._status()
             case messages.End():
                 _LOG.info("ends, as a process asks for it")
+                self.asked_to_end = True
                 self.stop()
         return messages.Done()
 

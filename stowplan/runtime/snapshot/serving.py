@@ -79,6 +79,8 @@ class Service:
 
     def _state(self, snapshot: Snapshot) -> StateAnswer:
         held = find(self._store, snapshot)
+        if held:
+            self.given_up.discard(snapshot)  # it has begun anew
         newer = any(each.snapshot > snapshot for each in self._store.held())
         return StateAnswer(held.state if held else State.FREE, not held and (newer or snapshot in self.given_up))
 

@@ -33,6 +33,7 @@ from stowplan.runtime.snapshot.authentication import JobToken
 from stowplan.runtime.snapshot.client import Writing
 from stowplan.runtime.snapshot.codes import Name, code_for
 from stowplan.runtime.snapshot.contents import Piece
+from stowplan.runtime.snapshot.disk import good_copies, next_attempt
 from stowplan.runtime.snapshot.disk_tier import DiskStatus, DiskTier
 from stowplan.runtime.snapshot.fail_points import arm, fail_at
 from stowplan.runtime.snapshot.interval import Timetable
@@ -146,7 +147,12 @@ class Snapshotter:
         self._disk: DiskTier | None = None
         self._on_disk = 0  # number of the snapshot that was last offered to the disk
         if self._directory:
-            self._disk = DiskTier(self._directory, world_size=place.world_size, attempt=self.generation)
+            attempts = self._agreement.together("looking at copies on disk", self._next_attempt)
+            self._disk = DiskTier(
+                self._directory, world_size=place.world_size, attempt=max(attempts), run=self.run,
+                patience_seconds=disk_patience_seconds,
+            )  # fmt: skip
+        self._sequence = 0  # the highest number that any snapshot had
         self._may_be_replicated = True  # until it is known that nothing is
         self._num_saved = self._num_skipped = 0
         self._last: Saved | None = None
@@ -217,7 +223,7 @@ class Snapshotter:
                 return reason
             self._memory.reserve(needed_bytes)
             kept = 0
-        sequence = max(word.memory.newest for word in words) + 1
+        sequence = self._sequence = max(self._sequence, *(word.memory.newest for word in words)) + 1
         client = self._memory.client
         writing = client.begin(sequence, step, schema, kept=kept)
         if not isinstance(writing, Writing):
@@ -360,3 +366,9 @@ class Snapshotter:
         if processes.layout.code:
             JobToken.from_environment()  # before training, not when coding begins
         return processes.start()
+
+    def _next_attempt(self) -> int:
+        """Of copies on disk, so that those of this start are the newest. Refuses those of another run."""
+        assert self._directory is not None
+        good_copies(self._directory, self.run)
+        return next_attempt(self._directory, self.generation)

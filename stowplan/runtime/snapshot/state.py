@@ -95,7 +95,7 @@ class Flat:
     """A training's state as a schema and tensors in order; these are the live ones.
 
     Attributes:
-        schema: JSON-able (``schema.dump_schema`` gives its bytes).
+        schema: JSON-able (``state_schema.dump_schema`` gives its bytes).
         tensors, offsets: what lies where in the buffer, each at a multiple of 64.
         num_bytes: of the buffer.
     """
@@ -125,18 +125,20 @@ class Flat:
             )
         data = as_bytes(buffer)
         streams: dict[torch.device, torch.cuda.Stream] = {}
-        with torch.no_grad():
-            for index, (tensor, offset) in enumerate(zip(self.tensors, self.offsets, strict=True)):
-                if index == len(self.tensors) // 2:
-                    fail_at("copy.during")
-                place = data[offset : offset + tensor.nbytes].view(_INTEGERS[tensor.itemsize]).view(tensor.shape)
-                if tensor.is_cuda:
-                    with torch.cuda.stream(_side_stream(tensor.device, streams)):
-                        place.copy_(bits(tensor), non_blocking=True)
-                else:
-                    place.copy_(bits(tensor))
-        for stream in streams.values():
-            stream.synchronize()
+        try:
+            with torch.no_grad():
+                for index, (tensor, offset) in enumerate(zip(self.tensors, self.offsets, strict=True)):
+                    if index == len(self.tensors) // 2:
+                        fail_at("copy.during")
+                    place = data[offset : offset + tensor.nbytes].view(_INTEGERS[tensor.itemsize]).view(tensor.shape)
+                    if tensor.is_cuda:
+                        with torch.cuda.stream(_side_stream(tensor.device, streams)):
+                            place.copy_(bits(tensor), non_blocking=True)
+                    else:
+                        place.copy_(bits(tensor))
+        finally:  # what failed may leave its memory to others: nothing may still be written into it
+            for stream in streams.values():
+                stream.synchronize()
         return Copied(self.num_bytes, time.perf_counter() - begin)
 
 

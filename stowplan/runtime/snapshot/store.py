@@ -42,7 +42,9 @@ class Store:
         self._reserving = threading.Lock()
         self._changed = threading.Condition(threading.RLock())
         self._checkers = ThreadPoolExecutor(num_threads, "checksums")
-        self._coders = ThreadPoolExecutor(num_ranks, "coder")  # of their own, as a coder may wait for checksums
+        # Of each rank its own, as a coder may wait for checksums, and for the same rank's on other nodes.
+        self._coders = [ThreadPoolExecutor(1, f"coder-{rank}") for rank in range(num_ranks)]
+        self._to_be_coded: set[tuple[int, Snapshot]] = set()  # not begun yet
 
     # ---- memory ----
     def reserve(self, rank: int, geometry: Geometry, coding: Coding) -> RankMemory:
@@ -91,7 +93,7 @@ class Store:
             self._raise(memory.slots.generation)
             _LOG.info("rank %d: adopted %s", rank, [slot.state.name for slot in memory.slots.slots])
         self._submit(self._checkers, rank, self._verify, memory)
-        self.resume()
+        self.resume(rank)
         return memory
 
     def memory(self, rank: int) -> RankMemory:
@@ -128,7 +130,8 @@ class Store:
                 return
             self._completing.add((rank, header.snapshot))
             memory.times.written(sequence)
-        self._submit(self._checkers, rank, self._complete, memory, header.snapshot)
+        if not self._submit(self._checkers, rank, self._complete, memory, header.snapshot):
+            self._end_completing(rank, header.snapshot)
 
     def abandon(self, rank: int, sequence: int) -> None:
         """Give a snapshot up. Raises SnapshotRefused."""
@@ -211,7 +214,8 @@ class Store:
             for memory in self._ranks.values():
                 memory.become(memory.slots.rolled_back(sequence))
             self._changed.notify_all()
-        self.resume()
+        for rank in self.members():
+            self.resume(rank)
 
     # ---- what there is ----
     @contextmanager
@@ -259,7 +263,8 @@ class Store:
     def close(self) -> None:
         """Wait for what is being computed, and give the memory up."""
         self._checkers.shutdown(cancel_futures=True)
-        self._coders.shutdown(cancel_futures=True)
+        for coders in self._coders:
+            coders.shutdown(cancel_futures=True)
         with self._changed:
             for memory in self._ranks.values():
                 memory.region.close()
@@ -276,10 +281,17 @@ class Store:
             with self._changed:
                 self._having(memory.rank, snapshot, State.WRITING).make_local(snapshot.sequence, sums)
         finally:
-            with self._changed:
-                self._completing.discard((memory.rank, snapshot))
-                self._changed.notify_all()
-        self._submit(self._coders, memory.rank, self._coder.code, self, memory.rank, snapshot)
+            self._end_completing(memory.rank, snapshot)
+        self._bring_on_its_way(memory.rank, snapshot)
+
+    def _end_completing(self, rank: int, snapshot: Snapshot) -> None:
+        """No checksums are computed any more; without them it is given up, as it would be in nobody's hands."""
+        with self._changed:
+            self._completing.discard((rank, snapshot))
+            if self.holds(rank, snapshot, State.WRITING) and not self.holds(rank, snapshot, State.LOCAL):
+                _LOG.error("rank %d: gave up %s, as its checksums cannot be computed", rank, snapshot)
+                self.abandon(rank, snapshot.sequence)
+            self._changed.notify_all()
 
     def _verify(self, memory: RankMemory) -> None:
         for index in range(len(memory.slots.slots)):
@@ -298,26 +310,47 @@ class Store:
                 self._unverified.discard(memory.rank)
             self._changed.notify_all()
 
-    def resume(self) -> None:
-        """Tell the coder of what is on its way, as nobody else will."""
-        for rank, slots in self.members().items():
-            for slot in slots.slots:
-                if slot.snapshot and State.LOCAL <= slot.state < State.GLOBAL:
-                    self._submit(self._coders, rank, self._coder.code, self, rank, slot.snapshot)
+    def resume(self, rank: int) -> None:
+        """Tell the coder of what of this rank is on its way, as nobody else will."""
+        for slot in self.members()[rank].slots:
+            if slot.snapshot and State.LOCAL <= slot.state < State.GLOBAL:
+                self._bring_on_its_way(rank, slot.snapshot)
 
-    def _submit(self, pool: ThreadPoolExecutor, rank: int, job: Callable[..., None], *arguments: object) -> None:
-        """Run it in the background; ``reduced`` tells what it raises until a snapshot is GLOBAL again."""
+    def _bring_on_its_way(self, rank: int, snapshot: Snapshot) -> None:
+        """Once more where it is being coded already, as what held that up may be gone; not where it waits for that."""
+        with self._changed:
+            if (rank, snapshot) in self._to_be_coded:
+                return
+            self._to_be_coded.add((rank, snapshot))
+        if not self._submit(self._coders[rank], rank, self._code, rank, snapshot):
+            self._to_be_coded.discard((rank, snapshot))
+
+    def _code(self, rank: int, snapshot: Snapshot) -> None:
+        with self._changed:
+            self._to_be_coded.discard((rank, snapshot))
+        self._coder.code(self, rank, snapshot)
+
+    def _submit(self, pool: ThreadPoolExecutor, rank: int, job: Callable[..., None], *arguments: object) -> bool:
+        """Run it in the background, if it can be; ``reduced`` tells what is wrong until a snapshot is GLOBAL again."""
 
         def ended(future: Future[None]) -> None:
             error = None if future.cancelled() else future.exception()
             if isinstance(error, SnapshotRefused):  # given up meanwhile
                 _LOG.info("rank %d: %s", rank, error)
             elif error is not None:
-                _LOG.error("rank %d: a snapshot stays as it is", rank, exc_info=error)
-                with self._changed:
-                    self._failed[rank] = f"{type(error).__name__}: {error}"
+                self._fail(rank, error)
 
-        pool.submit(job, *arguments).add_done_callback(ended)
+        try:
+            pool.submit(job, *arguments).add_done_callback(ended)
+        except RuntimeError as error:  # no more threads
+            self._fail(rank, error)
+            return False
+        return True
+
+    def _fail(self, rank: int, error: BaseException) -> None:
+        _LOG.error("rank %d: a snapshot goes no further", rank, exc_info=error)
+        with self._changed:
+            self._failed[rank] = f"{type(error).__name__}: {error}"
 
     def _having(self, rank: int, snapshot: Snapshot, least: State = State.LOCAL) -> RankMemory:
         memory = self.memory(rank)

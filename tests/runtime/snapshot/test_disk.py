@@ -19,7 +19,9 @@ from stowplan.runtime.snapshot.disk import (
     COMPLETE,
     finish,
     good_copies,
+    is_complete,
     newest_complete,
+    next_attempt,
     prune,
     write_part,
 )
@@ -184,6 +186,87 @@ def test_the_last_good_copies_stay(tmp_path: Path) -> None:
     assert good_copies(tmp_path) == [tmp_path / "step_000000000003"]
 
 
+def test_a_job_that_went_back_goes_on_from_what_it_wrote_then(tmp_path: Path) -> None:
+    for step in (100, 400, 500):
+        write_part(tmp_path, small(step), attempt=4)
+        finish(tmp_path, step, 1, attempt=4)
+    assert next_attempt(tmp_path) == 5
+    write_part(tmp_path, small(120), attempt=5)  # begun, as by a node that is ahead
+    tier = DiskTier(tmp_path, world_size=1, keep=2, attempt=5)
+    assert tier.offer([small(110)])
+    assert tier.wait()
+    assert (tier.status.last_step, tier.status.num_written) == (110, 1)
+    assert newest_complete(tmp_path) == tmp_path / "step_000000000110"
+    assert [path.name for path in good_copies(tmp_path)] == ["step_000000000500", "step_000000000110"]
+    assert finish(tmp_path, 120, 1, attempt=5) == newest_complete(tmp_path)
+    assert tier.offer([small(500)])
+    assert tier.wait()
+    assert tier.status.num_written == 2
+    path = newest_complete(tmp_path)
+    assert path == tmp_path / "step_000000000500"
+    assert json.loads((path / COMPLETE).read_bytes())["attempt"] == 5
+    assert {path.name for path in tmp_path.iterdir()} == {"step_000000000120", "step_000000000500"}
+
+
+def test_a_copy_of_another_step_is_not_the_one_that_is_written(tmp_path: Path) -> None:
+    written(tmp_path, 500)
+    schema = {**json.loads(small(110).schema), "world_size": 2, "rank": 1}
+    tier = DiskTier(tmp_path, world_size=2, patience_seconds=0, attempt=1)
+    assert tier.offer([Piece(schema, small(110).buffer)])
+    assert tier.wait()
+    assert (tier.status.num_written, tier.status.failed_step) == (0, 110)
+
+
+def test_another_run_neither_restores_nor_writes_nor_deletes(tmp_path: Path) -> None:
+    mine = DiskTier(tmp_path, world_size=1, keep=1, run="mine")
+    assert mine.offer([small(5)])
+    assert mine.wait()
+    assert mine.status.num_written == 1
+    path = tmp_path / "step_000000000005"
+    said = "is of run 'mine', and this is run 'yours': give each run a directory of its own"
+    with pytest.raises(InvalidSnapshot, match=said):
+        newest_complete(tmp_path, "yours")
+    assert newest_complete(tmp_path, "mine") == newest_complete(tmp_path) == path
+    yours = DiskTier(tmp_path, world_size=1, keep=1, run="yours", attempt=1)
+    assert yours.offer([small(6)])
+    assert yours.wait()
+    assert said in yours.status.error
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_parts_of_two_runs_are_not_put_together(tmp_path: Path) -> None:
+    base = small(6)
+    for rank, run in enumerate(("mine", "yours")):
+        write_part(tmp_path, Piece({**json.loads(base.schema), "rank": rank, "world_size": 2}, base.buffer), run=run)
+    with pytest.raises(InvalidSnapshot, match=r"rank_00001.json is of run 'yours', and this is run 'mine'"):
+        finish(tmp_path, 6, 2, run="mine")
+
+
+def test_what_is_left_of_an_older_attempt_completes_nothing(tmp_path: Path) -> None:
+    write_part(tmp_path, small(7), attempt=2)
+    assert next_attempt(tmp_path, 2) == 3
+    assert next_attempt(tmp_path, 9) == 9
+    assert next_attempt(tmp_path / "nothing") == 1
+    finish(tmp_path, 7, 1, attempt=2)
+    write_part(tmp_path, small(8), attempt=1)
+    with pytest.raises(InvalidSnapshot, match="is of attempt 2, and this is attempt 1"):
+        finish(tmp_path, 8, 1, attempt=1)
+    assert newest_complete(tmp_path) == tmp_path / "step_000000000007"
+
+
+def test_waiting_for_parts_reads_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a thousand ranks each looks five times in a second."""
+    written(tmp_path, *range(1, 6))
+    found: list[str] = []
+    stat, glob = Path.stat, Path.glob
+    monkeypatch.setattr(Path, "stat", lambda path, **options: (found.append(path.name), stat(path, **options))[1])
+    monkeypatch.setattr(Path, "glob", lambda path, pattern: (found.append(pattern), glob(path, pattern))[1])
+    assert not is_complete(tmp_path, 6)
+    assert is_complete(tmp_path, 5)
+    assert finish(tmp_path, 7, 1000) is None
+    assert set(found) <= {"step_000000000007.partial-0"}
+
+
 @pytest.mark.parametrize("name", ["__0_0.distcp", "rank_00000.json", ".metadata"])
 def test_damage_is_found(tmp_path: Path, name: str) -> None:
     written(tmp_path, 1, 2)
@@ -239,6 +322,24 @@ def test_a_slow_disk_makes_training_skip_copies(tmp_path: Path) -> None:
     assert tier.offer([small(3)])
     assert tier.wait()
     assert tier.status.last_step == 3
+
+
+def test_a_disk_that_hangs_holds_nobody_up_in_the_end(tmp_path: Path) -> None:
+    folder = tmp_path / "step_000000000001.partial-0"
+    folder.mkdir()
+    os.mkfifo(folder / "__0_0.distcp")  # nobody reads: opening it does not return
+    tier = DiskTier(tmp_path, world_size=1)
+    assert tier.offer([small(1)])
+    closing = threading.Thread(target=tier.close, args=(0.05,), daemon=True)
+    closing.start()
+    closing.join(30)
+    assert not closing.is_alive()
+    assert tier.status.writing == 1
+    with (folder / "__0_0.distcp").open("rb") as reader:
+        assert reader.read() == b"", "it stops before the first tensor"
+    assert tier.wait(30)
+    assert "training ended before it was written" in tier.status.error
+    assert newest_complete(tmp_path) is None
 
 
 def test_parts_that_do_not_come_are_given_up(tmp_path: Path) -> None:

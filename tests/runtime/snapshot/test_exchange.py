@@ -13,6 +13,7 @@ from stowplan.runtime.snapshot.codes import code_for
 from stowplan.runtime.snapshot.exchange import Exchange, Verdict, member_of
 from stowplan.runtime.snapshot.limits import SnapshotLimits
 from stowplan.runtime.snapshot.node_store import Table, find
+from stowplan.runtime.snapshot.peer_messages import AskState, StateAnswer
 from stowplan.runtime.snapshot.slots import State
 from tests.runtime.snapshot.nodes import CODES, QUICK, TOKEN, Group, MemoryStore, snapshot_id
 
@@ -386,3 +387,30 @@ def test_a_damaged_table_is_none():
         damaged[at] ^= 1
         assert Table.unpacked(bytes(damaged)) is None
         assert Table.unpacked(packed[:at]) is None
+
+
+@pytest.mark.parametrize("coded", [False, True], ids=["asked", "coded"])
+def test_what_begins_anew_is_no_longer_given_up(coded):
+    """As when a snapshot of the same step is taken again."""
+
+    async def body():
+        async with Group("mirror", [5000, 5000], SOON) as group:
+            ask = AskState(FIRST)
+            group.commit(FIRST, [0])
+            assert (await group.nodes[0].code(FIRST)).verdict is Verdict.SKIPPED
+            assert (await group.nodes[1].ask(0, ask, StateAnswer))[0].given_up
+            group.commit(FIRST, [0])
+            if coded:
+                task = asyncio.ensure_future(group.nodes[0].code(FIRST))
+                await asyncio.sleep(0)
+                task.cancel()
+            else:
+                assert not (await group.nodes[1].ask(0, ask, StateAnswer))[0].given_up
+            group.stores[0].slots = [None, None]  # discarded by all, and about to begin again
+            assert not (await group.nodes[1].ask(0, ask, StateAnswer))[0].given_up
+            group.set_limits(QUICK)
+            group.commit(FIRST)
+            assert verdicts(await group.code_all(FIRST)) == {Verdict.GLOBAL}
+            group.check(FIRST)
+
+    asyncio.run(body())

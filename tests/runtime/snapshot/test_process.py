@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import random
+import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,6 +20,7 @@ from stowplan.core.errors import SnapshotMemoryUnavailable, SnapshotProcessUnava
 from stowplan.runtime.snapshot import protocol
 from stowplan.runtime.snapshot.client import Writing, give_back, hold
 from stowplan.runtime.snapshot.connection import connect
+from stowplan.runtime.snapshot.locks import FileLock
 from stowplan.runtime.snapshot.process import main
 from stowplan.runtime.snapshot.slots import State
 from tests.runtime.snapshot.conftest import RUN, eventually, process_of
@@ -46,9 +49,18 @@ def write(client, sequence):
 
 
 # ---- the process ---------------------------------------------------------------------------------------------------
-def test_it_is_nobody_s_child_in_a_session_of_its_own_without_torch(clients, directory):
+@pytest.fixture
+def few_descriptors():
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(500, limits[1]), limits[1]))
+    yield limits[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_it_is_nobody_s_child_in_a_session_of_its_own_without_torch(few_descriptors, clients, directory):
     clients()
     process = psutil.Process(process_of(directory))
+    assert process.rlimit(psutil.RLIMIT_NOFILE) == (few_descriptors, few_descriptors)
     assert process.ppid() != os.getpid()
     assert os.getsid(process.pid) not in (os.getsid(0), process.ppid())
     assert os.getpgid(process.pid) != os.getpgid(0)
@@ -84,15 +96,44 @@ def test_it_outlives_the_process_group_of_its_starter(directory, clients):
     assert process_of(directory) == pid
 
 
-def test_it_ends_on_request_and_leaves_only_its_log(clients, directory):
+@pytest.mark.parametrize("warned", [False, True], ids=["well", "warned"])
+def test_it_ends_on_request_and_leaves_nothing_but_a_log_with_warnings(warned, clients, directory):
     client = clients()
     client.reserve(RESERVED_BYTES)
     process = psutil.Process(process_of(directory))
+    if warned:
+        with socket.socket(socket.AF_UNIX) as stranger:
+            stranger.connect(str(directory / f"{RUN}@local.sock"))
+            stranger.sendall(b"GET / HTTP/1.1")
+            stranger.recv(100)
+    (directory / f"{RUN}@local.start").touch()  # of a starter that was killed
     client.end()
     eventually(lambda: ended(process))
-    assert [path.name for path in directory.iterdir()] == [f"{RUN}@local.log"]
-    with pytest.raises(SnapshotProcessUnavailable, match="told to"):
+    assert [path.name for path in directory.iterdir()] == [f"{RUN}@local.log"] * warned
+    with pytest.raises(SnapshotProcessUnavailable, match="told to" if warned else "no memory process"):
         connect(RUN, "local", directory=directory)
+
+
+def test_the_socket_of_a_killed_process_is_removed(clients, directory):
+    clients()
+    process = psutil.Process(process_of(directory))
+    process.kill()
+    eventually(lambda: ended(process))
+    with pytest.raises(SnapshotProcessUnavailable):
+        connect(RUN, "local", directory=directory)
+    assert [path.name for path in directory.iterdir()] == [f"{RUN}@local.log"]
+
+
+def test_a_socket_whose_process_does_not_listen_yet_stays(directory):
+    files = protocol.files_of(RUN, "local", directory)
+    lock = FileLock(files.lock)
+    assert lock.acquire()
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(str(files.socket))
+        with pytest.raises(SnapshotProcessUnavailable):
+            connect(RUN, "local", directory=directory)
+        assert files.socket.exists()
+    lock.release()
 
 
 def test_it_ends_by_sigterm(clients, directory):

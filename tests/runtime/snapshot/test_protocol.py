@@ -59,7 +59,7 @@ def serving(directory):
     """A server in a thread of this process."""
     coder = GroupCoder(RUN, "127.0.0.1")
     made = server.Server(Store(RUN, 0, 2, coder), "local", protocol.files_of(RUN, "local", directory).socket, 60, coder)
-    thread = threading.Thread(target=made.serve)
+    thread = threading.Thread(target=made.serve, name="serving")
     thread.start()
     yield made
     made.stop()
@@ -214,9 +214,10 @@ def test_the_directory_is_the_user_s_alone(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", "a" * 97, "a b", "a@b", "ä"])
 def test_names_that_are_no_part_of_a_path(name, tmp_path):
-    for run, node, longest in ((name, "node", 64), ("run", name, 96)):
-        with pytest.raises(SnapshotRefused, match=f"1 to {longest} letters"):
+    for run, node, most in ((name, "node", 64), ("run", name, 96)):
+        with pytest.raises(SnapshotRefused, match=f"1 to {most} letters") as raised:
             protocol.files_of(run, node, tmp_path)
+        assert raised.value.reason == "malformed"
 
 
 def test_paths_that_are_too_long_for_a_socket(tmp_path):
@@ -352,6 +353,38 @@ def test_too_many_descriptors_are_refused_and_closed(raw, serving, directory):
     region.close()
     assert alive(directory)
     eventually(lambda: not num_open("memfd:many"))
+
+
+@pytest.mark.parametrize("what", ["accept", "peer", "thread"])
+def test_nobody_can_connect_for_a_while_and_all_goes_on(what, directory, serving, monkeypatch):
+    """As where there are no descriptors or threads left."""
+    left = [2]
+
+    def failing(original, error):
+        def call(*arguments, **options):
+            if threading.current_thread().name == "serving" and left[0]:
+                left[0] -= 1
+                raise error
+            return original(*arguments, **options)
+
+        return call
+
+    known = connect(RUN, "local", directory=directory)
+    if what == "accept":
+        monkeypatch.setattr(socket.socket, "accept", failing(socket.socket.accept, OSError(24, "Too many open files")))
+    elif what == "peer":
+        monkeypatch.setattr(protocol, "peer_of", failing(protocol.peer_of, OSError(107, "gone")))
+    else:
+        start = failing(threading.Thread.start, RuntimeError("can't start new thread"))
+        monkeypatch.setattr(threading.Thread, "start", start)
+    for _ in range(3):
+        with contextlib.suppress(SnapshotProcessUnavailable, SnapshotRefused):
+            connect(RUN, "local", directory=directory).close()
+    assert not left[0]
+    assert alive(directory)
+    known.ask(messages.GetStatus(), messages.Status)
+    known.close()
+    eventually(lambda: not serving._sessions)
 
 
 def test_two_clients_at_once_have_a_rank_each(directory, clients, serving):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
 from stowplan import InvalidArgument, SnapshotMismatch
+from stowplan.runtime.snapshot import state as snapshot_state
 from stowplan.runtime.snapshot.restore import restore
 from stowplan.runtime.snapshot.state import TrainingState, flatten, size_bytes
 from stowplan.runtime.snapshot.state_schema import dump_schema
@@ -270,3 +272,23 @@ def test_generators_can_be_set_again_after_an_iterator_drew_from_them() -> None:
     next(iter(torch.utils.data.DataLoader([1, 2])))
     restored.set_rng()
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_copy_that_fails_leaves_nothing_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnDevice(torch.Tensor):
+        is_cuda = True
+
+    class Stream:
+        busy = True
+
+        def synchronize(self) -> None:
+            self.busy = False
+
+    stream = Stream()
+    monkeypatch.setattr(snapshot_state, "_side_stream", lambda device, streams: streams.setdefault(device, stream))
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    tensors = (torch.ones(4).as_subclass(OnDevice), torch.ones(4))
+    flat = snapshot_state.Flat({}, tensors, (0, 24), 32)  # the second one lies beyond the end
+    with pytest.raises(RuntimeError):
+        flat.copy_into(bytearray(32))
+    assert not stream.busy

@@ -195,6 +195,7 @@ def test_a_new_generation_fences_and_a_roll_back_brings_what_is_restored_on_its_
     coder = Recorder()
     store = stores(coder=coder)
     written(store, FIRST)
+    coder.until(1)
     store.raise_generation(2)
     with pytest.raises(SnapshotRefused, match="is stale"):
         store.begin(0, SECOND, DATA_BYTES, SCHEMA_BYTES)
@@ -289,3 +290,58 @@ def test_a_coder_that_fails_is_told_until_a_snapshot_is_global(stores):
     store.commit_parity(0, FIRST)
     store.commit_global(0, FIRST)
     assert store.reduced() == ()
+
+
+def test_what_waits_to_be_coded_is_not_told_twice(stores):
+    class Slow(Recorder):
+        def __init__(self):
+            super().__init__()
+            self.go_on = threading.Event()
+
+        def code(self, store, rank, snapshot):
+            super().code(store, rank, snapshot)
+            self.go_on.wait(60)
+
+    coder = Slow()
+    store = stores(num_ranks=2, coder=coder)
+    written(store, FIRST, 0)
+    coder.until(1)
+    for _ in range(5):
+        store.resume(0)
+    written(store, FIRST, 1)
+    assert coder.until(2) == [(0, FIRST), (1, FIRST)], "others are coded meanwhile"
+    coder.go_on.set()
+    coder.until(3)
+    store.roll_back(0)
+    written(store, SECOND, 0)
+    assert coder.until(4)[2:] == [(0, FIRST), (0, SECOND)], "once more, as what held it up may be gone"
+
+
+def test_what_cannot_be_completed_is_given_up(stores, monkeypatch):
+    store = stores(coder=Recorder())
+
+    def failing(*_):
+        raise MemoryError("no room for a table")
+
+    monkeypatch.setattr("stowplan.runtime.snapshot.store.chunk_crcs", failing)
+    store.begin(0, FIRST, DATA_BYTES, SCHEMA_BYTES)
+    store.written(0, 1)
+    assert store.wait(0, 1, State.LOCAL, 5) is State.FREE
+    eventually(lambda: "rank 0: MemoryError: no room for a table" in store.reduced())
+    monkeypatch.undo()
+    written(store, SECOND)
+
+
+def test_what_cannot_be_begun_to_be_completed_is_given_up(stores, monkeypatch):
+    store = stores(coder=Recorder())
+
+    def failing(*_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(store._checkers, "submit", failing)
+    store.begin(0, FIRST, DATA_BYTES, SCHEMA_BYTES)
+    store.written(0, 1)
+    assert store.wait(0, 1, State.LOCAL, 5) is State.FREE
+    assert "rank 0: RuntimeError: can't start new thread" in store.reduced()
+    monkeypatch.undo()
+    written(store, SECOND)
