@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from stowplan.core.program import Action
     from stowplan.core.schedule import Schedule
     from stowplan.runtime.pipeline.pipeline import Pipeline
-    from stowplan.runtime.snapshot.limits import SnapshotLimits
+    from stowplan.runtime.snapshot.exchange.limits import SnapshotLimits
     from stowplan.runtime.snapshot.reservation import SnapshotMemory
     from stowplan.runtime.snapshot.snapshotter import Snapshotter
     from stowplan.session import (
@@ -132,7 +132,7 @@ _HOMES = {
     "stowplan.core.program": ("Action",),
     "stowplan.core.schedule": ("Schedule",),
     "stowplan.runtime.pipeline.pipeline": ("Pipeline",),
-    "stowplan.runtime.snapshot.limits": ("SnapshotLimits",),
+    "stowplan.runtime.snapshot.exchange.limits": ("SnapshotLimits",),
     "stowplan.runtime.snapshot.reservation": ("SnapshotMemory",),
     "stowplan.runtime.snapshot.snapshotter": ("Snapshotter",),
     "stowplan.session": (

@@ -12,7 +12,7 @@ from stowplan.core.hardware import preset
 from stowplan.core.plan import SnapshotBytes
 from stowplan.core.units import GIB, MIB
 from stowplan.reports.text import render
-from stowplan.runtime.snapshot.memory import Region
+from stowplan.runtime.snapshot.memory.region import Region
 from stowplan.session import making
 from tests import models
 from tests.plans import LAYER, example_plan, step_of

@@ -12,8 +12,8 @@ from stowplan.cli.terminal import told_errors
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from stowplan.runtime.snapshot.connection import Connection
-    from stowplan.runtime.snapshot.messages import Status
+    from stowplan.runtime.snapshot.memory.connection import Connection
+    from stowplan.runtime.snapshot.memory.messages import Status
 
 __all__ = ["EXAMPLES", "app", "end_command", "status_command"]
 
@@ -65,7 +65,7 @@ def end_command(
     ] = None,
 ) -> None:
     """End a run's memory processes on this host: its snapshots in memory are lost, copies on disk stay."""
-    from stowplan.runtime.snapshot.messages import Done, End
+    from stowplan.runtime.snapshot.memory.messages import Done, End
 
     with told_errors():
         ended = 0
@@ -83,9 +83,9 @@ def _found(run: str | None, directory: Path | None) -> list[Status]:
 
 def _connected(run: str | None, directory: Path | None) -> Iterator[tuple[Connection, Status]]:
     from stowplan.core.errors import SnapshotProcessUnavailable
-    from stowplan.runtime.snapshot import protocol
-    from stowplan.runtime.snapshot.connection import connect
-    from stowplan.runtime.snapshot.messages import GetStatus, Status
+    from stowplan.runtime.snapshot.memory import protocol
+    from stowplan.runtime.snapshot.memory.connection import connect
+    from stowplan.runtime.snapshot.memory.messages import GetStatus, Status
 
     directory = directory or protocol.socket_directory()
     for path in sorted(directory.glob("*.sock")):

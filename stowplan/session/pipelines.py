@@ -30,7 +30,7 @@ from stowplan.reports.pipeline import PipelineReport
 from stowplan.runtime.pipeline.pipeline import Pipeline
 from stowplan.runtime.pipeline.reporting import report_of
 from stowplan.runtime.pipeline.stage_costs import Subject, probe
-from stowplan.runtime.snapshot.memory import mapped_bytes
+from stowplan.runtime.snapshot.memory.region import mapped_bytes
 from stowplan.runtime.snapshot.reservation import SnapshotMemory
 from stowplan.session.applying import AppliedPlan
 from stowplan.session.making import Size

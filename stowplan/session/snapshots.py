@@ -33,7 +33,7 @@ def snapshot_size(
     """
     if memory is None:
         return None
-    from stowplan.runtime.snapshot.sizes import predicted
+    from stowplan.runtime.snapshot.state.sizes import predicted
 
     states = None if optimizer is None else steady_states(optimizer, device)
     return predicted(memory, model, optimizer, states).size
@@ -43,7 +43,7 @@ def free_for_snapshots(memory: SnapshotMemory | None) -> int:
     """Bytes of this host that are not available only because snapshots of the same training have them already."""
     if memory is None:
         return 0
-    from stowplan.runtime.snapshot.memory import mapped_bytes
+    from stowplan.runtime.snapshot.memory.region import mapped_bytes
 
     return memory.num_ranks_per_node * mapped_bytes()
 

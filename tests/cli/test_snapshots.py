@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from stowplan.runtime.snapshot.client import SnapshotClient
-from stowplan.runtime.snapshot.layout import Coding
-from stowplan.runtime.snapshot.schema import Schema, Tensor
-from stowplan.runtime.snapshot.slots import State
+from stowplan.runtime.snapshot.memory.client import SnapshotClient
+from stowplan.runtime.snapshot.memory.layout import Coding
+from stowplan.runtime.snapshot.memory.schema import Schema, Tensor
+from stowplan.runtime.snapshot.memory.slots import State
 from tests.cli.commands import run
 
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from stowplan.runtime.snapshot.client import SnapshotClient
-from stowplan.runtime.snapshot.contents import Piece
-from stowplan.runtime.snapshot.gathered import gather_pieces
 from stowplan.runtime.snapshot.layouts import Found, RankLayout
 from stowplan.runtime.snapshot.members import Member
-from stowplan.runtime.snapshot.memory import check_available
+from stowplan.runtime.snapshot.memory.client import SnapshotClient
+from stowplan.runtime.snapshot.memory.region import check_available
 from stowplan.runtime.snapshot.place import Agreement
-from stowplan.runtime.snapshot.state_schema import load_schema
+from stowplan.runtime.snapshot.state.contents import Piece
+from stowplan.runtime.snapshot.state.gathered import gather_pieces
+from stowplan.runtime.snapshot.state.state_schema import load_schema
 
 __all__ = ["all_pieces", "newest_first", "own_piece", "taken_over"]
 

@@ -6,14 +6,14 @@ import time
 from collections.abc import Callable, Sequence
 
 from stowplan.core.errors import RankFailed, SnapshotMemoryUnavailable, SnapshotProcessUnavailable
-from stowplan.runtime.snapshot.client import SnapshotClient
+from stowplan.runtime.snapshot.exchange.limits import SnapshotLimits
 from stowplan.runtime.snapshot.former import taken_over
 from stowplan.runtime.snapshot.job_processes import JobProcesses
 from stowplan.runtime.snapshot.layouts import Found, RankLayout, numbered
-from stowplan.runtime.snapshot.limits import SnapshotLimits
 from stowplan.runtime.snapshot.members import Member, Members
-from stowplan.runtime.snapshot.memory import check_available
-from stowplan.runtime.snapshot.messages import RankStatus
+from stowplan.runtime.snapshot.memory.client import SnapshotClient
+from stowplan.runtime.snapshot.memory.messages import RankStatus
+from stowplan.runtime.snapshot.memory.region import check_available
 from stowplan.runtime.snapshot.pinning import page_locked
 from stowplan.runtime.snapshot.place import Agreement, failed_with
 from stowplan.runtime.snapshot.reservation import Reservation, with_reserve

@@ -7,9 +7,9 @@ import time
 from dataclasses import dataclass
 
 from stowplan.core.errors import StowplanError
-from stowplan.runtime.snapshot.client import SnapshotClient
-from stowplan.runtime.snapshot.connection import start_or_connect
 from stowplan.runtime.snapshot.layouts import Found, RankLayout, memory_on, processes_on
+from stowplan.runtime.snapshot.memory.client import SnapshotClient
+from stowplan.runtime.snapshot.memory.connection import start_or_connect
 from stowplan.runtime.snapshot.place import Place
 
 __all__ = ["JobProcesses"]

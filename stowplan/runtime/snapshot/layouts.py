@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stowplan.core.errors import SnapshotProcessUnavailable
-from stowplan.runtime.snapshot import protocol
 from stowplan.runtime.snapshot.codes import NAMES, Code, code_for
-from stowplan.runtime.snapshot.connection import connect
-from stowplan.runtime.snapshot.messages import GetStatus, Status
-from stowplan.runtime.snapshot.slots import State
+from stowplan.runtime.snapshot.memory import protocol
+from stowplan.runtime.snapshot.memory.connection import connect
+from stowplan.runtime.snapshot.memory.messages import GetStatus, Status
+from stowplan.runtime.snapshot.memory.slots import State
 
 __all__ = ["Found", "RankLayout", "memory_on", "node_of", "numbered", "processes_on"]
 

@@ -14,13 +14,13 @@ from itertools import count
 from typing import TypeVar
 
 from stowplan.core.errors import UnrecoverableSnapshot
-from stowplan.runtime.snapshot.client import SnapshotClient
 from stowplan.runtime.snapshot.codes import Code
-from stowplan.runtime.snapshot.contents import Piece
-from stowplan.runtime.snapshot.limits import SnapshotLimits
+from stowplan.runtime.snapshot.exchange.limits import SnapshotLimits
+from stowplan.runtime.snapshot.memory.client import SnapshotClient
+from stowplan.runtime.snapshot.memory.slots import State
 from stowplan.runtime.snapshot.place import Agreement
 from stowplan.runtime.snapshot.reservation import Reservation
-from stowplan.runtime.snapshot.slots import State
+from stowplan.runtime.snapshot.state.contents import Piece
 
 __all__ = ["Member", "Members"]
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from stowplan.core.errors import InvalidArgument, RankFailed, StowplanError
-from stowplan.runtime.snapshot.protocol import LOOPBACK
+from stowplan.runtime.snapshot.memory.protocol import LOOPBACK
 
 __all__ = ["NODE_VARIABLE", "RUN_VARIABLE", "Agreement", "Place", "failed_with", "node_name", "own_address", "run_name"]
 

@@ -9,7 +9,7 @@ from stowplan.core.errors import InvalidArgument
 from stowplan.core.plan import SnapshotBytes
 from stowplan.core.units import MIB, parse_bytes
 from stowplan.runtime.snapshot.codes import Code, Layout, Name, code_for
-from stowplan.runtime.snapshot.layout import Coding, Geometry
+from stowplan.runtime.snapshot.memory.layout import Coding, Geometry
 
 __all__ = ["Reservation", "SnapshotMemory", "with_reserve"]
 

@@ -9,16 +9,16 @@ from itertools import takewhile
 from pathlib import Path
 
 from stowplan.core.errors import InvalidSnapshot, RankFailed, UnrecoverableSnapshot
-from stowplan.runtime.snapshot.disk import good_copies, step_of
-from stowplan.runtime.snapshot.disk_restore import restore_from_disk
+from stowplan.runtime.snapshot.disk.copies import good_copies, step_of
+from stowplan.runtime.snapshot.disk.restore import restore_from_disk
 from stowplan.runtime.snapshot.fail_points import fail_at
 from stowplan.runtime.snapshot.former import all_pieces, newest_first, own_piece
-from stowplan.runtime.snapshot.gathered import restore_shares
 from stowplan.runtime.snapshot.job_memory import JobMemory
 from stowplan.runtime.snapshot.layouts import Found, RankLayout
 from stowplan.runtime.snapshot.place import Agreement, failed_with
-from stowplan.runtime.snapshot.restore import Restored, reshard
-from stowplan.runtime.snapshot.state import TrainingState
+from stowplan.runtime.snapshot.state.gathered import restore_shares
+from stowplan.runtime.snapshot.state.restore import Restored, reshard
+from stowplan.runtime.snapshot.state.training_state import TrainingState
 
 __all__ = ["restore_newest"]
 

@@ -29,30 +29,30 @@ from stowplan.core.errors import (
     SnapshotRefused,
     StowplanError,
 )
-from stowplan.runtime.snapshot.authentication import JobToken
-from stowplan.runtime.snapshot.client import Writing
 from stowplan.runtime.snapshot.codes import Name, code_for
-from stowplan.runtime.snapshot.contents import Piece
-from stowplan.runtime.snapshot.disk import good_copies, next_attempt
-from stowplan.runtime.snapshot.disk_tier import DiskStatus, DiskTier
+from stowplan.runtime.snapshot.disk.copies import good_copies, next_attempt
+from stowplan.runtime.snapshot.disk.tier import DiskStatus, DiskTier
+from stowplan.runtime.snapshot.exchange.authentication import JobToken
+from stowplan.runtime.snapshot.exchange.limits import SnapshotLimits
 from stowplan.runtime.snapshot.fail_points import arm, fail_at
 from stowplan.runtime.snapshot.interval import Timetable
 from stowplan.runtime.snapshot.job_memory import JobMemory
 from stowplan.runtime.snapshot.job_processes import JobProcesses
 from stowplan.runtime.snapshot.layouts import RankLayout
-from stowplan.runtime.snapshot.limits import SnapshotLimits
-from stowplan.runtime.snapshot.messages import Status
+from stowplan.runtime.snapshot.memory.client import Writing
+from stowplan.runtime.snapshot.memory.messages import Status
+from stowplan.runtime.snapshot.memory.protocol import IDLE_SECONDS
+from stowplan.runtime.snapshot.memory.schema import Schema
+from stowplan.runtime.snapshot.memory.slots import State
 from stowplan.runtime.snapshot.place import Agreement, failed_with, node_name, own_address, run_name
-from stowplan.runtime.snapshot.protocol import IDLE_SECONDS
-from stowplan.runtime.snapshot.replicas import written_elsewhere
-from stowplan.runtime.snapshot.restore import Restored
 from stowplan.runtime.snapshot.restoring import restore_newest
-from stowplan.runtime.snapshot.schema import Schema
-from stowplan.runtime.snapshot.shares import agreed_portions
-from stowplan.runtime.snapshot.sizes import described, expected_bytes
-from stowplan.runtime.snapshot.slots import State
 from stowplan.runtime.snapshot.standing import DiskStanding, MemoryStanding, Standing, most
-from stowplan.runtime.snapshot.state import Flat, TrainingState, flatten
+from stowplan.runtime.snapshot.state.contents import Piece
+from stowplan.runtime.snapshot.state.replicas import written_elsewhere
+from stowplan.runtime.snapshot.state.restore import Restored
+from stowplan.runtime.snapshot.state.shares import agreed_portions
+from stowplan.runtime.snapshot.state.sizes import described, expected_bytes
+from stowplan.runtime.snapshot.state.training_state import Flat, TrainingState, flatten
 
 __all__ = ["Saved", "Snapshotter", "SnapshotterStatus"]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from stowplan.runtime.snapshot.disk_tier import DiskTier
-from stowplan.runtime.snapshot.messages import RankStatus
-from stowplan.runtime.snapshot.slots import State
+from stowplan.runtime.snapshot.disk.tier import DiskTier
+from stowplan.runtime.snapshot.memory.messages import RankStatus
+from stowplan.runtime.snapshot.memory.slots import State
 
 __all__ = ["DiskStanding", "MemoryStanding", "Standing", "most"]
 

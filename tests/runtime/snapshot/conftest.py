@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from stowplan.core.errors import SnapshotProcessUnavailable, SnapshotRefused
-from stowplan.runtime.snapshot.client import SnapshotClient
-from stowplan.runtime.snapshot.connection import connect
+from stowplan.runtime.snapshot.memory.client import SnapshotClient
+from stowplan.runtime.snapshot.memory.connection import connect
 
 RUN = "job-1"
 

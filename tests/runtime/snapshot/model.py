@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import combinations
 
-from stowplan.runtime.snapshot.slots import Slot, Slots, Snapshot, State, every, restorable
+from stowplan.runtime.snapshot.memory.slots import Slot, Slots, Snapshot, State, every, restorable
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,13 @@ from dataclasses import replace
 import numpy as np
 
 from stowplan.core.errors import SnapshotPeerRefused
-from stowplan.runtime.snapshot.authentication import JobToken
 from stowplan.runtime.snapshot.codes import Layout, code_for, encode
-from stowplan.runtime.snapshot.exchange import Exchange, member_of
-from stowplan.runtime.snapshot.limits import SnapshotLimits
-from stowplan.runtime.snapshot.node_store import Held, block_crcs, find
-from stowplan.runtime.snapshot.recovery import recover
-from stowplan.runtime.snapshot.slots import Snapshot, State
+from stowplan.runtime.snapshot.exchange.authentication import JobToken
+from stowplan.runtime.snapshot.exchange.exchange import Exchange, member_of
+from stowplan.runtime.snapshot.exchange.limits import SnapshotLimits
+from stowplan.runtime.snapshot.exchange.node_store import Held, block_crcs, find
+from stowplan.runtime.snapshot.exchange.recovery import recover
+from stowplan.runtime.snapshot.memory.slots import Snapshot, State
 
 TOKEN = JobToken(b"a token of this job, not of others")
 BLOCK_BYTES = 4096

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from stowplan.runtime.snapshot.state import TrainingState, flatten
-from stowplan.runtime.snapshot.state_schema import dump_schema
+from stowplan.runtime.snapshot.state.state_schema import dump_schema
+from stowplan.runtime.snapshot.state.training_state import TrainingState, flatten
 from tests.runtime.snapshot.trainings import raw
 
 OPTIMIZERS = {

@@ -100,7 +100,7 @@ def test_what_is_no_rule_is_refused(rules, rule, problem):
 
 
 def test_all_points_are_in_the_code_once_and_in_the_documentation():
-    source = "\n".join(path.read_text() for path in Path(fail_points.__file__).parent.glob("*.py"))
+    source = "\n".join(path.read_text() for path in Path(fail_points.__file__).parent.rglob("*.py"))
     calls = re.findall(r"fail_at\(([^)]*)\)", source.replace("def fail_at(point: str)", ""))
     assert sorted(name for call in calls for name in re.findall(r'"([a-z.]+)"', call)) == sorted(POINTS)
     page = Path("docs/snapshots.md").read_text()

@@ -7,7 +7,7 @@ import pytest
 from stowplan.core.errors import InvalidArgument, InvalidSize
 from stowplan.core.units import GIB, MIB
 from stowplan.runtime.snapshot.codes import code_for
-from stowplan.runtime.snapshot.layout import Coding, Geometry
+from stowplan.runtime.snapshot.memory.layout import Coding, Geometry
 from stowplan.runtime.snapshot.reservation import Reservation, SnapshotMemory, with_reserve
 
 

@@ -15,12 +15,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 import stowplan
 from stowplan import InvalidArgument, InvalidSnapshot, SnapshotMismatch
-from stowplan.runtime.snapshot.contents import Contents, Piece
 from stowplan.runtime.snapshot.place import Agreement
-from stowplan.runtime.snapshot.replicas import written_elsewhere
-from stowplan.runtime.snapshot.restore import reshard, restore
-from stowplan.runtime.snapshot.state import TrainingState, flatten
-from stowplan.runtime.snapshot.state_schema import dump_schema
+from stowplan.runtime.snapshot.state.contents import Contents, Piece
+from stowplan.runtime.snapshot.state.replicas import written_elsewhere
+from stowplan.runtime.snapshot.state.restore import reshard, restore
+from stowplan.runtime.snapshot.state.state_schema import dump_schema
+from stowplan.runtime.snapshot.state.training_state import TrainingState, flatten
 from tests.distributed import RankFailed, Ranks
 from tests.runtime.snapshot.trainings import NUM_STEPS, SNAPSHOT_AT, Training
 

@@ -11,7 +11,7 @@ import pytest
 import stowplan
 from stowplan.core import host_memory
 from stowplan.core.errors import InvalidArgument, UnrecoverableSnapshot
-from stowplan.runtime.snapshot import memory
+from stowplan.runtime.snapshot.memory import region as memory
 from tests.runtime.snapshot.conftest import eventually
 from tests.runtime.snapshot.trainings import NUM_STEPS, SNAPSHOT_AT, Training
 

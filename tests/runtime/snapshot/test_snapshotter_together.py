@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from stowplan.runtime.snapshot import snapshotter as module
-from stowplan.runtime.snapshot.layout import Geometry
-from stowplan.runtime.snapshot.schema import Schema, Tensor
-from stowplan.runtime.snapshot.slots import State
+from stowplan.runtime.snapshot.memory.layout import Geometry
+from stowplan.runtime.snapshot.memory.schema import Schema, Tensor
+from stowplan.runtime.snapshot.memory.slots import State
 from stowplan.runtime.snapshot.snapshotter import Snapshotter
 from tests.runtime.snapshot.agreement import of_threads
 

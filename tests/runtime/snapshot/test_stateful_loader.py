@@ -11,9 +11,9 @@ import tempfile
 
 import pytest
 
-from stowplan.runtime.snapshot.restore import restore
-from stowplan.runtime.snapshot.state import TrainingState, flatten
-from stowplan.runtime.snapshot.state_schema import dump_schema
+from stowplan.runtime.snapshot.state.restore import restore
+from stowplan.runtime.snapshot.state.state_schema import dump_schema
+from stowplan.runtime.snapshot.state.training_state import TrainingState, flatten
 
 pytest.importorskip("torchdata.stateful_dataloader")
 from tests.runtime.snapshot.loader_job import NUM_STEPS, Training

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from stowplan.core.errors import SnapshotProcessUnavailable, SnapshotRefused
-from stowplan.runtime.snapshot.client import SnapshotClient, Writing
-from stowplan.runtime.snapshot.schema import Schema, Tensor
-from stowplan.runtime.snapshot.slots import State
+from stowplan.runtime.snapshot.memory.client import SnapshotClient, Writing
+from stowplan.runtime.snapshot.memory.schema import Schema, Tensor
+from stowplan.runtime.snapshot.memory.slots import State
 
 NUM_BYTES = 10 << 20  # three chunks
 RESERVED_BYTES = NUM_BYTES + 4096

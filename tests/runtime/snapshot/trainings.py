@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from stowplan.runtime.snapshot.state import TrainingState
+from stowplan.runtime.snapshot.state.training_state import TrainingState
 
 NUM_STEPS, SNAPSHOT_AT = 12, 5
 

@@ -21,13 +21,20 @@ from typing import Any
 import psutil
 import torch
 
-from stowplan.runtime.snapshot.client import hold
-from stowplan.runtime.snapshot.connection import Connection, connect
 from stowplan.runtime.snapshot.fail_points import MARKS_VARIABLE, RULES_VARIABLE
-from stowplan.runtime.snapshot.layout import CHUNK_BYTES, Geometry, Header, num_chunks, payload_offset, read_header
 from stowplan.runtime.snapshot.layouts import node_of
-from stowplan.runtime.snapshot.messages import GetStatus, Status
-from stowplan.runtime.snapshot.slots import State
+from stowplan.runtime.snapshot.memory.client import hold
+from stowplan.runtime.snapshot.memory.connection import Connection, connect
+from stowplan.runtime.snapshot.memory.layout import (
+    CHUNK_BYTES,
+    Geometry,
+    Header,
+    num_chunks,
+    payload_offset,
+    read_header,
+)
+from stowplan.runtime.snapshot.memory.messages import GetStatus, Status
+from stowplan.runtime.snapshot.memory.slots import State
 from tests.distributed import fork_server
 from tests.runtime.snapshot.faults.training import Training, train
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from stowplan.runtime.snapshot.slots import State
+from stowplan.runtime.snapshot.memory.slots import State
 from tests.runtime.snapshot.faults.test_nodes_lost import newest
 
 pytestmark = pytest.mark.slow

@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from stowplan.core.errors import SnapshotProcessUnavailable
-from stowplan.runtime.snapshot.limits import SnapshotLimits
+from stowplan.runtime.snapshot.exchange.limits import SnapshotLimits
 from stowplan.runtime.snapshot.snapshotter import Saved, Snapshotter
 from tests.models import VOCABULARY, llama
 from tests.runtime.snapshot.replicated import data_parallel

@@ -1,0 +1,1 @@
+"""Copies of snapshots on disk, which torch's own checkpoints read."""
