@@ -20,7 +20,7 @@ from stowplan.runtime.snapshot.reservation import Reservation, with_reserve
 
 __all__ = ["JobMemory"]
 
-_LONGEST_PAUSE_SECONDS = 60.0
+_LONGEST_PAUSE_SECONDS = 600.0  # asking a process that hangs takes up to a minute
 
 
 class JobMemory:

@@ -11,6 +11,7 @@ process that was told to end by ``End`` removes it, unless there is more in it t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import faulthandler
 import logging
 import logging.handlers
@@ -64,6 +65,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _serve(options: argparse.Namespace, files: protocol.Files, tell: int) -> int:
     os.chdir("/")
     os.umask(0o077)
+    with contextlib.suppress(OSError):  # where this is allowed trainers are taken first when memory runs out
+        Path("/proc/self/oom_score_adj").write_text("-500")
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGPIPE):
         signal.signal(number, signal.SIG_IGN)
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
