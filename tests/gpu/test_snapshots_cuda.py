@@ -1,4 +1,4 @@
-"""Snapshots of trainings on a CUDA device: copied by a stream of its own into page-locked memory, restored bit for bit."""
+"""Snapshots of trainings on a CUDA device: copied by its own stream into page-locked memory, restored bit for bit."""
 
 from __future__ import annotations
 
