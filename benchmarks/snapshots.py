@@ -78,9 +78,11 @@ def main() -> None:
     given = parser.parse_args()
     num_rounds = 2 if given.quick else given.rounds
     rows = []
-    with sockets():
+    with sockets() as environment:
         for case in QUICK if given.quick else [replace(case, num_blocks=given.blocks) for case in CASES]:
-            rows += summary(case, on_ranks(case.num_ranks, rounds, case, num_rounds, given.steps, daemon=False))
+            rows += summary(
+                case, on_ranks(case.num_ranks, rounds, case, num_rounds, given.steps, environment, daemon=False)
+            )
     table = markdown(rows, f"{num_rounds} rounds. {given.note}".strip())
     print(table)
     write_record(given.output, rows, rounds=num_rounds, steps=given.steps, blocks=given.blocks, note=given.note)
@@ -88,11 +90,10 @@ def main() -> None:
 
 
 @contextmanager
-def sockets() -> Iterator[None]:
-    """A place of its own for memory processes' sockets, and a token for their exchange."""
+def sockets() -> Iterator[dict[str, str]]:
+    """The environment with a place of its own for memory processes' sockets, and a token for their exchange."""
     with tempfile.TemporaryDirectory(prefix="stow") as path:
-        os.environ |= {"XDG_RUNTIME_DIR": path, "STOWPLAN_JOB_TOKEN": "a token for this benchmark only"}
-        yield
+        yield {"XDG_RUNTIME_DIR": path, "STOWPLAN_JOB_TOKEN": "a token for this benchmark only"}
 
 
 # ---- on each rank ----------------------------------------------------------------------------------------------------
@@ -182,8 +183,9 @@ class Contenders:
             os.kill(memory.pid, signal.SIGTERM)
 
 
-def rounds(case: Case, num_rounds: int, num_steps: int) -> list[dict[str, Any]]:
+def rounds(case: Case, num_rounds: int, num_steps: int, environment: dict[str, str]) -> list[dict[str, Any]]:
     """Seconds of this rank, by round and contender; the first round warms up and is not among them."""
+    os.environ |= environment  # which a fork server that was there before does not have
     warnings.filterwarnings("ignore", category=FutureWarning)
     training = Training(case)
     training.step()

@@ -132,6 +132,7 @@ FLAGS = {
     "doctor": ["--json"],
     "snapshots": [],
     "snapshots status": ["--run", "--directory", "--json"],
+    "snapshots end": ["--run", "--directory"],
 }
 
 HEAVY = {"torch", "transformers", "pulp", "highspy", "numpy", "ray", "deepspeed"}
