@@ -283,7 +283,7 @@ def test_a_share_alone_is_refused(ranks: Ranks) -> None:
     training = Replicated(plain=True, seed=9)
     before = training.fingerprint()
     with pytest.raises(
-        InvalidSnapshot, match="is divided over ranks, and the pieces of ranks (0|none) do not make it whole"
+        InvalidSnapshot, match=r"is divided over ranks, and the pieces of ranks (0|none) do not make it whole"
     ):
         restore(schema, one[1], training.state())
     with pytest.raises(InvalidSnapshot, match="these are not of one snapshot"):
