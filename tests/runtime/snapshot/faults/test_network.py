@@ -21,11 +21,11 @@ def healed(job, start, step):
 
 
 def test_connections_are_refused_for_a_while(jobs, quiet):
-    job = jobs("ab", steps=45)
-    cut = "exchange@{}:30-36=raise:ECONNREFUSED"
-    start = job.start(rules=f"{cut.format('a')},{cut.format('b')}", hold_at=(40,), wait=False, pause_seconds=0.4)
-    last = healed(job, start, 40)
-    assert {path.name for path in job.marks.iterdir()} == {"exchange@a:30-36", "exchange@b:30-36"}
+    job = jobs("ab", steps=75)
+    cut = "exchange@{}:30-50=raise:ECONNREFUSED"
+    start = job.start(rules=f"{cut.format('a')},{cut.format('b')}", hold_at=(70,), wait=False, pause_seconds=0.4)
+    last = healed(job, start, 70)
+    assert {path.name for path in job.marks.iterdir()} == {"exchange@a:30-50", "exchange@b:30-50"}
     steps = start.steps()
     skipped = [step for step, said in steps.items() if said == LATE]
     assert skipped, "training went on"
@@ -33,7 +33,7 @@ def test_connections_are_refused_for_a_while(jobs, quiet):
     job.lose("b")
     start.kill()
     assert job.start("ac").finished().restored == str(last)
-    job.check(quiet(2, 45))
+    job.check(quiet(2, 75))
 
 
 def test_silence_for_longer_than_a_request_may_take(jobs, quiet):
