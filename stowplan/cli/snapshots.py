@@ -10,9 +10,6 @@ import typer
 from stowplan.cli.terminal import told_errors
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from stowplan.runtime.snapshot.memory.connection import Connection
     from stowplan.runtime.snapshot.memory.messages import Status
 
 __all__ = ["EXAMPLES", "app", "end_command", "status_command"]
@@ -46,9 +43,10 @@ def status_command(
     import json
 
     from stowplan.core.records import to_plain
+    from stowplan.runtime.snapshot.memory.connection import serving
 
     with told_errors():
-        found = _found(run, directory)
+        found = [status for _, status in serving(run, directory)]
     if as_json:
         typer.echo(json.dumps([to_plain(status) for status in found], indent=2))
     elif found:
@@ -65,40 +63,17 @@ def end_command(
     ] = None,
 ) -> None:
     """End a run's memory processes on this host: its snapshots in memory are lost, copies on disk stay."""
+    from stowplan.runtime.snapshot.memory.connection import serving
     from stowplan.runtime.snapshot.memory.messages import Done, End
 
     with told_errors():
         ended = 0
-        for connection, status in _connected(run, directory):
+        for connection, status in serving(run, directory):
             connection.ask(End(), Done)
             typer.echo(f"Ended process {status.pid} of run {status.run} on node {status.node}.")
             ended += 1
     if not ended:
         typer.echo(f"No memory process of run {run} runs here.")
-
-
-def _found(run: str | None, directory: Path | None) -> list[Status]:
-    return [status for _, status in _connected(run, directory)]
-
-
-def _connected(run: str | None, directory: Path | None) -> Iterator[tuple[Connection, Status]]:
-    from stowplan.core.errors import SnapshotProcessUnavailable
-    from stowplan.runtime.snapshot.memory import protocol
-    from stowplan.runtime.snapshot.memory.connection import connect
-    from stowplan.runtime.snapshot.memory.messages import GetStatus, Status
-
-    directory = directory or protocol.socket_directory()
-    for path in sorted(directory.glob("*.sock")):
-        name, _, node = path.stem.rpartition("@")
-        if not name or (run is not None and name != run):
-            continue
-        try:
-            connection = connect(name, node, directory=directory)
-            status, _ = connection.ask(GetStatus(), Status)
-        except SnapshotProcessUnavailable:  # it was killed, and its socket is left, or it is ending
-            continue
-        yield connection, status
-        connection.close()
 
 
 def _lines(status: Status) -> list[str]:

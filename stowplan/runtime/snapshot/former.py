@@ -63,13 +63,10 @@ def taken_over(
 def own_piece(agreement: Agreement, piece: Piece) -> Piece:
     """That of this rank, where ranks may have others' as nodes have changed places; all ranks have one."""
     ranks = agreement.together("reading snapshots", lambda: int(load_schema(piece.schema)["rank"]))
-    if ranks[agreement.rank] == agreement.rank or sorted(ranks) != list(range(agreement.world_size)):
-        wanted = {agreement.rank}
-    else:
-        wanted = {ranks.index(agreement.rank)}
-    if all(rank == place for place, rank in enumerate(ranks)):
+    if ranks == list(range(agreement.world_size)):
         return piece
-    (own,) = gather_pieces(agreement, piece, wanted)
+    holder = ranks.index(agreement.rank) if agreement.rank in ranks else agreement.rank
+    (own,) = gather_pieces(agreement, piece, {holder})
     return own
 
 

@@ -9,7 +9,7 @@ from stowplan.core.errors import RankFailed, SnapshotMemoryUnavailable, Snapshot
 from stowplan.runtime.snapshot.exchange.limits import SnapshotLimits
 from stowplan.runtime.snapshot.former import taken_over
 from stowplan.runtime.snapshot.job_processes import JobProcesses
-from stowplan.runtime.snapshot.layouts import Found, RankLayout, numbered
+from stowplan.runtime.snapshot.layouts import Found, RankLayout, numbered, own_memory
 from stowplan.runtime.snapshot.members import Member, Members
 from stowplan.runtime.snapshot.memory.client import SnapshotClient
 from stowplan.runtime.snapshot.memory.messages import RankStatus
@@ -54,7 +54,8 @@ class JobMemory:
 
         found = {node: each for node, each in self._agreement.together("joining memory processes", join) if each}
         index = numbered(place.nodes, processes.layout, found)[place.node]
-        if any(each.index != index for each in found.get(place.node, ()) if each.layout == processes.layout):
+        held = own_memory(place.node, processes.layout, found.get(place.node, ()))
+        if held and held.index != index:
             made[0].roll_back(0)  # another node has that number, with newer snapshots
         clients = {Member(index, place.local_rank): made[0]}
         return made[0], Members(self._agreement, clients, processes.layout.code, self._limits)

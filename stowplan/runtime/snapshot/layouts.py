@@ -12,14 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from stowplan.core.errors import SnapshotProcessUnavailable
 from stowplan.runtime.snapshot.codes import NAMES, Code, code_for
-from stowplan.runtime.snapshot.memory import protocol
-from stowplan.runtime.snapshot.memory.connection import connect
-from stowplan.runtime.snapshot.memory.messages import GetStatus, Status
+from stowplan.runtime.snapshot.memory.connection import serving
+from stowplan.runtime.snapshot.memory.messages import Status
 from stowplan.runtime.snapshot.memory.slots import State
 
-__all__ = ["Found", "RankLayout", "memory_on", "node_of", "numbered", "processes_on"]
+__all__ = ["Found", "RankLayout", "memory_on", "node_of", "numbered", "own_memory", "processes_on"]
 
 _SUFFIX = re.compile(r"(\d+)x(\d+)(?:-([a-z0-9]+)-(\d+))?(?:\.\d+)?")
 
@@ -79,18 +77,19 @@ def numbered(nodes: Sequence[str], layout: RankLayout, found: Mapping[str, Seque
     So it does not matter in which order a launcher takes nodes after one was replaced. Where two claim the same number
     the one with the newer snapshot has it.
     """
-    claims = [
-        (each.newest or (-1, -1), node, each.index)
-        for node in nodes
-        for each in found.get(node, ())
-        if each.layout == layout and each.process == layout.process(node) and each.index < len(nodes)
-    ]
+    held = [(node, own_memory(node, layout, found.get(node, ()))) for node in nodes]
+    claims = [(own.newest or (-1, -1), node, own.index) for node, own in held if own and own.index < len(nodes)]
     numbers: dict[str, int] = {}
     for _, node, index in sorted(claims, key=lambda claim: claim[0], reverse=True):
         if index not in numbers.values():
             numbers[node] = index
     free = iter(sorted(set(range(len(nodes))) - set(numbers.values())))
     return {node: numbers[node] if node in numbers else next(free) for node in nodes}
+
+
+def own_memory(node: str, layout: RankLayout, found: Sequence[Found]) -> Found | None:
+    """What a node itself has of a layout; not what it holds in the place of others."""
+    return next((each for each in found if each.process == layout.process(node)), None)
 
 
 def node_of(process: str) -> str:
@@ -100,18 +99,14 @@ def node_of(process: str) -> str:
 
 def processes_on(run: str, node: str, directory: Path | None = None) -> Iterator[tuple[RankLayout, Status]]:
     """All memory processes of a run on a node of this host, whatever their layouts."""
-    directory = directory or protocol.socket_directory()
-    prefix = f"{run}@{node}."
-    for path in sorted(directory.glob("*.sock")):
-        layout = RankLayout.parsed(path.stem.removeprefix(prefix)) if path.stem.startswith(prefix) else None
-        if layout is None:
-            continue
-        try:
-            connection = connect(run, path.stem.rpartition("@")[2], directory=directory)
-            status, _ = connection.ask(GetStatus(), Status)
-        except SnapshotProcessUnavailable:  # it was killed, and its socket is left, or it is ending
-            continue
-        connection.close()
+    prefix = f"{node}."
+
+    def of_node(name: str) -> RankLayout | None:
+        return RankLayout.parsed(name.removeprefix(prefix)) if name.startswith(prefix) else None
+
+    for _, status in serving(run, directory, lambda name: of_node(name) is not None):
+        layout = of_node(status.node)
+        assert layout is not None
         yield layout, status
 
 

@@ -163,7 +163,7 @@ class Snapshotter:
 
         The copy is over when it returns; checksums, coding and the disk go on beside training.
 
-        Raises InvalidArgument: something that a snapshot cannot hold; SnapshotMemoryUnavailable, where it has grown.
+        Raises InvalidArgument: something that a snapshot cannot hold; SnapshotMemoryUnavailable, if it reserves memory.
         """
         self._timetable.pause(step)
         try:

@@ -6,7 +6,7 @@ import pytest
 
 from stowplan.runtime.snapshot.codes import code_for
 from stowplan.runtime.snapshot.former import newest_first, taken_over
-from stowplan.runtime.snapshot.layouts import Found, RankLayout, numbered
+from stowplan.runtime.snapshot.layouts import Found, RankLayout, numbered, own_memory
 from stowplan.runtime.snapshot.members import Member
 
 ALONE, PAIR = RankLayout(1, 4), RankLayout.of(2, 2, code_for(2))
@@ -47,6 +47,13 @@ def test_nodes_have_the_numbers_of_their_memory_and_newcomers_free_ones():
     found["d"] = [Found(TRIPLE, process["d"], 2, 10, (2, 1))]
     assert numbered("acd", TRIPLE, found) == {"a": 0, "d": 2, "c": 1}, "the newer one has it"
     assert numbered("abc", TRIPLE, {}) == {"a": 0, "b": 1, "c": 2}
+
+
+def test_what_stands_in_for_another_node_is_not_a_nodes_own():
+    own, stand_in = (Found(PAIR, PAIR.process("a", index), index or 0, 10, (1, 1)) for index in (None, 1))
+    assert own_memory("a", PAIR, [stand_in, own]) == own
+    assert own_memory("a", PAIR, [stand_in]) is None
+    assert numbered("ab", PAIR, {"a": [stand_in]}) == {"a": 0, "b": 1}
 
 
 def test_memory_of_all_nodes_is_taken_care_of_once():

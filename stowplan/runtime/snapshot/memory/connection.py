@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -116,6 +116,27 @@ def connect(run: str, node: str, generation: int | None = None, directory: Path 
             f"no memory process serves run {run!r} on node {node!r} at {files.socket}: {error}.{_last_lines(files.log)}"
         ) from error
     return Connection(connected, files, messages.Hello(run, generation))
+
+
+def serving(
+    run: str | None = None, directory: Path | None = None, wanted: Callable[[str], bool] = lambda node: True
+) -> Iterator[tuple[Connection, messages.Status]]:
+    """Memory processes of a run, or of all, on nodes of ``wanted`` names: observed, and disconnected after each turn.
+
+    Raises SnapshotRefused.
+    """
+    directory = directory or protocol.socket_directory()
+    for path in sorted(directory.glob("*.sock")):
+        name, _, node = path.stem.rpartition("@")
+        if not name or run not in (None, name) or not wanted(node):
+            continue
+        try:
+            connection = connect(name, node, directory=directory)
+            status, _ = connection.ask(messages.GetStatus(), messages.Status)
+        except SnapshotProcessUnavailable:  # it was killed, and its socket is left, or it is ending
+            continue
+        yield connection, status
+        connection.close()
 
 
 def start_or_connect(
