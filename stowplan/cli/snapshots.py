@@ -88,8 +88,10 @@ def _lines(status: Status) -> list[str]:
         parity = f" and {format_bytes(rank.parity_bytes)} of parity" if rank.parity_bytes else ""
         lines.append(f"  rank {rank.rank}: 2 slots of {format_bytes(rank.data_bytes)}{parity}, {writer}")
         if rank.blocking_seconds is not None and rank.total_seconds is not None:
-            seconds = f"stopped training for {rank.blocking_seconds:.3f} s, took {rank.total_seconds:.3f} s in all"
-            lines.append(f"    the last one {seconds}")
+            last = f"stopped training for {rank.blocking_seconds:.3f} s, took {rank.total_seconds:.3f} s in all"
+            if rank.coding.n > 1:
+                last += f", and {format_bytes(rank.received_bytes or 0)} from other nodes"
+            lines.append(f"    the last one {last}")
         lines += [
             f"    snapshot {slot.sequence}, step {slot.step}: {slot.state.name}, {format_bytes(slot.data_bytes)}"
             for slot in sorted(rank.slots, key=lambda slot: -slot.sequence)

@@ -15,8 +15,8 @@ from stowplan.runtime.snapshot.memory.client import SnapshotClient
 from stowplan.runtime.snapshot.memory.messages import RankStatus
 from stowplan.runtime.snapshot.memory.region import check_available
 from stowplan.runtime.snapshot.pinning import page_locked
-from stowplan.runtime.snapshot.place import Agreement, failed_with
-from stowplan.runtime.snapshot.reservation import Reservation, with_reserve
+from stowplan.runtime.snapshot.place import Agreement, CodeGroup, failed_with
+from stowplan.runtime.snapshot.reservation import Reservation, SlotBytes
 
 __all__ = ["JobMemory"]
 
@@ -30,20 +30,22 @@ class JobMemory:
         client: of this rank's memory.
         members: the layout's, of which this rank takes care of one.
         former: those of another layout, until there is a snapshot of this one.
-        capacity_bytes: what a slot holds, the same on all ranks; 0: nothing is reserved.
+        group: the ranks that the code is over, of which this is one; None where there is no code.
+        capacity: what a slot holds, the same on all ranks; None: nothing is reserved.
         connected: whether the exchange between nodes is.
     """
 
     def __init__(self, agreement: Agreement, processes: JobProcesses, limits: SnapshotLimits) -> None:
         self._agreement, self.processes, self._limits = agreement, processes, limits
-        self.client, self.members = self._joined()
+        self.client, self.members, index = self._joined()
+        self.group = self._grouped(index)
         self.former: Members | None = None
-        self.capacity_bytes = 0
+        self.capacity: Reservation | None = None
         self.connected = True
         self._unlock: Callable[[], object] | None = None
         self._rejoin_at = self._rejoin_seconds = 0.0
 
-    def _joined(self) -> tuple[SnapshotClient, Members]:
+    def _joined(self) -> tuple[SnapshotClient, Members, int]:
         """A client, and where it is: the node of this rank has the number that its memory has, if it has any."""
         processes, place = self.processes, self.processes.place
         made: list[SnapshotClient] = []
@@ -58,7 +60,18 @@ class JobMemory:
         if held and held.index != index:
             made[0].roll_back(0)  # another node has that number, with newer snapshots
         clients = {Member(index, place.local_rank): made[0]}
-        return made[0], Members(self._agreement, clients, processes.layout.code, self._limits)
+        return made[0], Members(self._agreement, clients, processes.layout.code, self._limits), index
+
+    def _grouped(self, index: int) -> CodeGroup | None:
+        code, local_rank = self.processes.layout.code, self.processes.place.local_rank
+        if code is None:
+            return None
+        words = sorted((*word, rank) for rank, word in enumerate(self._agreement.gather((local_rank, index))))
+        return CodeGroup(tuple(rank for local, _, rank in words if local == local_rank), index, code.m)
+
+    def holds(self, needed: SlotBytes) -> bool:
+        """Whether a snapshot of this size has room in what is reserved."""
+        return self.capacity is not None and self.capacity.holds(needed, self.processes.layout.code)
 
     def own(self) -> RankStatus | None:
         """What the memory process says of this rank's memory; None before any is reserved. For one rank alone."""
@@ -90,31 +103,29 @@ class JobMemory:
         """Give up what is newer, on all ranks."""
         self._agreement.together("discarding snapshots", lambda: self.client.roll_back(sequence))
 
-    def reserve(self, needed_bytes: int) -> None:
+    def reserve(self, needed: SlotBytes) -> None:
         """Memory of another size, for which what is there is given up; also what a job of long ago has left."""
         self.roll_back(0)
-        self.reserve_exactly(with_reserve(needed_bytes))
+        self.reserve_exactly(Reservation.of(needed.with_reserve, self.processes.layout.code))
 
-    def reserve_exactly(self, data_bytes: int) -> None:
-        """Slots of so many bytes; snapshots that are in such already stay."""
+    def reserve_exactly(self, capacity: Reservation) -> None:
+        """Slots of these sizes; snapshots that are in such already stay."""
         if self._unlock:
             self._unlock()
             self._unlock = None
-        self.members.reserve(data_bytes)
-        self.capacity_bytes = data_bytes
+        self.members.reserve(capacity)
+        self.capacity = capacity
         self._unlock = page_locked(self.client.memory)
 
-    def too_large(self, needed_bytes: int, *, in_use: bool) -> str:
+    def too_large(self, needed: SlotBytes, *, in_use: bool) -> str:
         """Why there is no room for a state that has grown, for which what is held would be given up.
 
         ``in_use``: what is held is being read, so its memory does not become free.
         """
-        if not self.capacity_bytes:
+        if self.capacity is None:
             return ""
         code, local_size = self.processes.layout.code, self.processes.place.local_size
-        new, old = (
-            Reservation.of(each, code).total_bytes for each in (with_reserve(needed_bytes), self.capacity_bytes)
-        )
+        new, old = Reservation.of(needed.with_reserve, code).total_bytes, self.capacity.total_bytes
         more = (new if in_use else new - old) * local_size
         purpose = f"the state has outgrown its memory; snapshots of this node's {local_size} ranks"
         try:

@@ -57,7 +57,7 @@ class RankLayout:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Memory of a node of a layout: ``index`` of the node in its group, ``data_bytes`` reserved for each rank's slot.
+    """Memory of a node of a layout: ``index`` of the node in its group, bytes reserved for each rank's slot.
 
     ``newest``: generation and number of the newest snapshot of which a rank has all data; None where there is none.
     ``counted``: whether any may have been complete on all ranks, as all ranks here have come to PARITY with it.
@@ -67,6 +67,7 @@ class Found:
     process: str
     index: int
     data_bytes: int
+    parity_bytes: int
     newest: tuple[int, int] | None
     counted: bool = False
 
@@ -125,6 +126,7 @@ def memory_on(run: str, node: str, directory: Path | None = None) -> list[Found]
         complete = [slot for rank in status.ranks for slot in rank.slots if slot.state >= State.LOCAL]
         newest = max(((slot.generation, slot.sequence) for slot in complete), default=None)
         data_bytes = max(rank.data_bytes for rank in status.ranks)
+        parity_bytes = max(rank.parity_bytes for rank in status.ranks)
         index = status.ranks[0].coding.index
-        found.append(Found(layout, status.node, index, data_bytes, newest, _has_counted(status)))
+        found.append(Found(layout, status.node, index, data_bytes, parity_bytes, newest, _has_counted(status)))
     return found

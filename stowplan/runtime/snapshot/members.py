@@ -55,7 +55,7 @@ class Members:
         self.clients = dict(clients)
         self._agreement, self._code, self._limits = agreement, code, limits
 
-    def reserve(self, data_bytes: int) -> None:
+    def reserve(self, reservation: Reservation) -> None:
         """Memory for two snapshots and their parity, the same for all members; what is there already is taken.
 
         Raises SnapshotMemoryUnavailable; RankFailed where that was on other ranks.
@@ -63,7 +63,7 @@ class Members:
 
         def reserve() -> None:
             for member, client in self.clients.items():
-                wanted = Reservation.of(data_bytes, self._code, member.node)
+                wanted = reservation.member(self._code, member.node)
                 client.reserve(wanted.data_bytes, wanted.parity_bytes, wanted.coding)
 
         self._agreement.together("reserving memory for snapshots", reserve)
@@ -141,7 +141,8 @@ class Members:
             schema, payload = client.read(sequence)
         except UnrecoverableSnapshot:
             return None
-        return Piece(schema.values, payload)
+        (state, *_) = schema.tensors  # copies of others' shares are behind it
+        return Piece(schema.values, payload[state.offset : state.offset + state.num_bytes])
 
     def _attempt(self, newest_on_disk: str, attempt: int) -> list[frozenset[tuple[int, int]] | UnrecoverableSnapshot]:
         return self._each(lambda client: self._recover(client, newest_on_disk, attempt))

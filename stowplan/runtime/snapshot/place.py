@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -15,7 +15,17 @@ import torch.distributed as dist
 from stowplan.core.errors import InvalidArgument, RankFailed, StowplanError
 from stowplan.runtime.snapshot.memory.protocol import LOOPBACK
 
-__all__ = ["NODE_VARIABLE", "RUN_VARIABLE", "Agreement", "Place", "failed_with", "node_name", "own_address", "run_name"]
+__all__ = [
+    "NODE_VARIABLE",
+    "RUN_VARIABLE",
+    "Agreement",
+    "CodeGroup",
+    "Place",
+    "failed_with",
+    "node_name",
+    "own_address",
+    "run_name",
+]
 
 T = TypeVar("T")
 NODE_VARIABLE = "STOWPLAN_NODE"
@@ -37,6 +47,24 @@ class Place:
     @property
     def num_nodes(self) -> int:
         return len(self.nodes)
+
+
+@dataclass(frozen=True, slots=True)
+class CodeGroup:
+    """The ranks that a code is over, one on each node, by the numbers of nodes; this one is ``ranks[index]``."""
+
+    ranks: tuple[int, ...]
+    index: int
+    m: int
+
+    @property
+    def owners(self) -> tuple[int, ...]:
+        """The ranks whose shares of what is replicated this one holds: its own, and the m before it."""
+        return tuple(self.ranks[self.index - behind] for behind in range(self.m + 1))
+
+    def within(self, ranks: Iterable[int]) -> bool:
+        """Whether all of the group are among ``ranks``."""
+        return set(self.ranks) <= set(ranks)
 
 
 class Agreement:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 
 from stowplan.core.errors import InvalidArgument
 from stowplan.core.plan import SnapshotBytes
@@ -11,7 +12,7 @@ from stowplan.core.units import MIB, parse_bytes
 from stowplan.runtime.snapshot.codes import Code, Layout, Name, code_for
 from stowplan.runtime.snapshot.memory.layout import Coding, Geometry
 
-__all__ = ["Reservation", "SnapshotMemory", "with_reserve"]
+__all__ = ["Reservation", "SlotBytes", "SnapshotMemory"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,19 +61,52 @@ class SnapshotMemory:
 
 
 @dataclass(frozen=True, slots=True)
+class SlotBytes:
+    """What a slot has to hold for a snapshot: ``data_bytes`` (schema and payload), ``coded_bytes`` of them with parity.
+
+    The rest are a share that other nodes have copies of, and copies of theirs.
+    """
+
+    data_bytes: int
+    coded_bytes: int
+
+    @classmethod
+    def most(cls, sizes: Iterable[SlotBytes]) -> SlotBytes:
+        """What is enough for each of them."""
+        found = tuple(sizes)
+        return cls(max(size.data_bytes for size in found), max(size.coded_bytes for size in found))
+
+    @property
+    def with_reserve(self) -> SlotBytes:
+        """To reserve where the largest rank's snapshot takes so many: schemas and extras grow a little."""
+        return SlotBytes(*(size + size // 16 + MIB for size in (self.data_bytes, self.coded_bytes)))
+
+    def parity_bytes(self, code: Code | None) -> int:
+        """What each node has to keep for the others."""
+        return Layout(code, self.coded_bytes).parity_bytes if code else 0
+
+
+@dataclass(frozen=True, slots=True)
 class Reservation:
     """One rank's memory for two snapshots of up to ``data_bytes`` (schema and payload) and for their parity."""
 
     data_bytes: int
-    parity_bytes: int
-    coding: Coding
+    parity_bytes: int = 0
+    coding: Coding = field(default_factory=Coding)
 
     @classmethod
-    def of(cls, data_bytes: int, code: Code | None = None, node_index: int = 0) -> Reservation:
-        """That of node ``node_index`` of the code's group; None: one node, without parity."""
-        if code is None:
-            return cls(data_bytes, 0, Coding())
-        return cls(data_bytes, Layout(code, data_bytes).parity_bytes, Coding(code.name, code.n, code.m, node_index))
+    def of(cls, size: SlotBytes, code: Code | None = None) -> Reservation:
+        """That of a node of the code's group; None: one node, without parity."""
+        return cls(size.data_bytes, size.parity_bytes(code)).member(code, 0)
+
+    def member(self, code: Code | None, node_index: int) -> Reservation:
+        """The same for node ``node_index`` of the code's group."""
+        coding = Coding(code.name, code.n, code.m, node_index) if code else Coding()
+        return replace(self, coding=coding)
+
+    def holds(self, size: SlotBytes, code: Code | None) -> bool:
+        """Whether a snapshot of this size has room."""
+        return size.data_bytes <= self.data_bytes and size.parity_bytes(code) <= self.parity_bytes
 
     @property
     def total_bytes(self) -> int:
@@ -83,8 +117,3 @@ class Reservation:
     def size(self) -> SnapshotBytes:
         """For plans."""
         return SnapshotBytes(data_bytes=self.data_bytes, parity_bytes=self.parity_bytes, total_bytes=self.total_bytes)
-
-
-def with_reserve(num_bytes: int) -> int:
-    """The data bytes to reserve where the largest rank's snapshot takes so many: schemas and extras grow a little."""
-    return num_bytes + num_bytes // 16 + MIB

@@ -16,6 +16,7 @@ from stowplan.runtime.snapshot.former import all_pieces, newest_first, own_piece
 from stowplan.runtime.snapshot.job_memory import JobMemory
 from stowplan.runtime.snapshot.layouts import Found, RankLayout
 from stowplan.runtime.snapshot.place import Agreement, failed_with
+from stowplan.runtime.snapshot.reservation import Reservation
 from stowplan.runtime.snapshot.state.gathered import restore_shares
 from stowplan.runtime.snapshot.state.restore import Restored, reshard
 from stowplan.runtime.snapshot.state.training_state import TrainingState
@@ -68,7 +69,9 @@ class _Restoring:
         self, layout: RankLayout, found: Sequence[Sequence[Found]], copies: Sequence[Path]
     ) -> tuple[Restored, bool]:
         """Out of a layout's memory, unless a copy on disk is newer; whether it was this layout's memory."""
-        capacity = max(each.data_bytes for own in found for each in own if each.layout == layout)
+        there = [each for own in found for each in own if each.layout == layout]
+        sizes = max(each.data_bytes for each in there), max(each.parity_bytes for each in there)
+        capacity = Reservation(*sizes).member(layout.code, 0)
         if own := layout == self._processes.layout:
             members = self._memory.members
             self._memory.reserve_exactly(capacity)

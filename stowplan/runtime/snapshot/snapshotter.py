@@ -45,12 +45,13 @@ from stowplan.runtime.snapshot.memory.protocol import IDLE_SECONDS
 from stowplan.runtime.snapshot.memory.schema import Schema
 from stowplan.runtime.snapshot.memory.slots import State
 from stowplan.runtime.snapshot.place import Agreement, failed_with, node_name, own_address, run_name
+from stowplan.runtime.snapshot.reservation import SlotBytes
 from stowplan.runtime.snapshot.restoring import restore_newest
 from stowplan.runtime.snapshot.standing import DiskStanding, MemoryStanding, Standing, most
 from stowplan.runtime.snapshot.state.contents import Piece
 from stowplan.runtime.snapshot.state.replicas import written_elsewhere
 from stowplan.runtime.snapshot.state.restore import Restored
-from stowplan.runtime.snapshot.state.shares import agreed_portions
+from stowplan.runtime.snapshot.state.shares import agreed_division
 from stowplan.runtime.snapshot.state.sizes import described, expected_bytes
 from stowplan.runtime.snapshot.state.training_state import Flat, TrainingState, flatten
 
@@ -177,17 +178,18 @@ class Snapshotter:
         begin = time.perf_counter()
         made: list[tuple[Flat, str, Schema]] = []
         state = TrainingState(**self._parts, step=step)
-        portions = agreed_portions(self._agreement, state) if self._may_be_replicated else None
-        self._may_be_replicated = portions is not None
-
+        division = None
+        if self._may_be_replicated:
+            division = agreed_division(self._agreement, state, self._memory.group)
+        self._may_be_replicated = division is not None
         to_disk = self._disk is not None and step % self._disk_interval == 0
         elsewhere = written_elsewhere(self._agreement, state) if to_disk else None
 
         def prepare() -> Standing:
-            flat = flatten(state, portions, elsewhere=elsewhere)
-            text, schema, needed_bytes = described(flat)
+            flat = flatten(state, division, elsewhere=elsewhere)
+            text, schema, needed = described(flat)
             made.append((flat, text, schema))
-            return self._standing(needed_bytes)
+            return self._standing(needed)
 
         words = self._agreement.together(f"the snapshot of step {step}", prepare)
         try:
@@ -196,7 +198,7 @@ class Snapshotter:
             if not failed_with(error, SnapshotProcessUnavailable):
                 raise
             reason = f"a memory process was lost meanwhile: {error}"
-        num_bytes = 0 if reason else words[self.place.rank].needed_bytes
+        num_bytes = 0 if reason else words[self.place.rank].needed.data_bytes
         saved = Saved(step, time.perf_counter() - begin, num_bytes, reason)
         self._num_saved += not reason
         self._num_skipped += bool(reason)
@@ -217,15 +219,15 @@ class Snapshotter:
         )  # fmt: skip
         if any(word.memory.newest > complete for word in words):
             self._memory.roll_back(complete)
-        needed_bytes = max(word.needed_bytes for word in words)
-        if needed_bytes > self._memory.capacity_bytes:
-            if reason := self._memory.too_large(needed_bytes, in_use=any(word.disk.read for word in words)):
+        needed = SlotBytes.most(word.needed for word in words)
+        if not self._memory.holds(needed):
+            if reason := self._memory.too_large(needed, in_use=any(word.disk.read for word in words)):
                 return reason
-            self._memory.reserve(needed_bytes)
+            self._memory.reserve(needed)
             kept = 0
         sequence = self._sequence = max(self._sequence, *(word.memory.newest for word in words)) + 1
         client = self._memory.client
-        writing = client.begin(sequence, step, schema, kept=kept)
+        writing = client.begin(sequence, step, schema, shares=flat.shares, kept=kept)
         if not isinstance(writing, Writing):
             raise SnapshotRefused("order", f"snapshot {sequence} cannot begin, though all were complete: {writing}.")
         try:
@@ -239,7 +241,7 @@ class Snapshotter:
         client.commit(sequence)
         fail_at("commit.end")
         if self._disk and step % self._disk_interval == 0:
-            self._offer(self._disk, sequence, Piece(text, writing.payload), words)
+            self._offer(self._disk, sequence, Piece(text, writing.payload[: flat.schema["bytes"]]), words)
         return ""
 
     def _offer(self, disk: DiskTier, sequence: int, piece: Piece, words: list[Standing]) -> None:
@@ -252,7 +254,7 @@ class Snapshotter:
         for failed in (word.disk.failed_step for word in words):
             disk.give_up(-1 if failed is None else failed)  # that part of it will not come
 
-    def _standing(self, needed_bytes: int) -> Standing:
+    def _standing(self, needed: SlotBytes) -> Standing:
         trouble, own = "", None
         try:
             own = self._memory.own()
@@ -263,12 +265,12 @@ class Snapshotter:
                 if isinstance(error, SnapshotRefused) and error.reason == "generation":
                     raise
                 trouble = f"no memory process on node {self.place.node}: {error}"
-                return Standing(needed_bytes, trouble=trouble, reachable=False)
+                return Standing(needed, trouble=trouble, reachable=False)
             trouble = "a memory process was lost, and its memory is being checked"
         if not self._memory.connected:
             trouble = trouble or "the exchange between nodes is not connected"
         return Standing(
-            needed_bytes,
+            needed,
             MemoryStanding.of(own, self.generation),
             DiskStanding.of(self._disk, self._on_disk, self._disk_patience_seconds),
             trouble,
@@ -278,7 +280,7 @@ class Snapshotter:
     def _late(self, words: list[Standing], complete: int) -> tuple[str, int]:
         """Why no snapshot can be taken now; else the number of one to be kept. The same on all ranks."""
         if troubles := [word.trouble for word in words if word.trouble]:
-            if self._memory.capacity_bytes and all(word.reachable for word in words):
+            if self._memory.capacity and all(word.reachable for word in words):
                 try:
                     self._memory.meet()
                 except StowplanError as error:
@@ -308,9 +310,12 @@ class Snapshotter:
         restored = restore_newest(
             self._agreement, self._memory, lambda: TrainingState(**self._parts), self._directory
         )  # fmt: skip
-        needed = self._agreement.together("preparing snapshots", lambda: expected_bytes(TrainingState(**self._parts)))
-        if max(needed) > self._memory.capacity_bytes:
-            self._memory.reserve(max(needed))
+        group = self._memory.group
+        needed = SlotBytes.most(
+            self._agreement.together("preparing snapshots", lambda: expected_bytes(TrainingState(**self._parts), group))
+        )
+        if not self._memory.holds(needed):
+            self._memory.reserve(needed)
         return restored
 
     # ---- looking after them ----

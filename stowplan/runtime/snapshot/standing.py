@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from stowplan.runtime.snapshot.disk.tier import DiskTier
 from stowplan.runtime.snapshot.memory.messages import RankStatus
 from stowplan.runtime.snapshot.memory.slots import State
+from stowplan.runtime.snapshot.reservation import SlotBytes
 
 __all__ = ["DiskStanding", "MemoryStanding", "Standing", "most"]
 
@@ -76,7 +77,7 @@ class DiskStanding:
 class Standing:
     """Of a rank. ``trouble`` with its memory process; ``reachable``: whether there is one."""
 
-    needed_bytes: int
+    needed: SlotBytes
     memory: MemoryStanding = MemoryStanding()
     disk: DiskStanding = DiskStanding()
     trouble: str = ""

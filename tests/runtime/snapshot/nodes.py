@@ -34,10 +34,11 @@ class MemoryStore:
         self.bytes = [{"data": bytearray(), "parity": bytearray()} for _ in self.slots]
         self.crcs = [{"data": None, "parity": None} for _ in self.slots]
         self.others = [{}, {}]
+        self.received_bytes = 0  # for the last parity
 
-    def commit(self, snapshot, content):
+    def commit(self, snapshot, content, shares=()):
         """What a trainer does: the older slot becomes LOCAL with these bytes."""
-        slot = self.rebuild(snapshot, len(content))
+        slot = self.rebuild(snapshot, len(content), shares=shares)
         self.data(slot)[:] = content
         self.complete_data(slot, snapshot, block_crcs(memoryview(content), self.block_bytes))
         return slot
@@ -72,9 +73,10 @@ class MemoryStore:
             raise SnapshotPeerRefused("absent", f"{snapshot} is not in slot {slot}")
         self.slots[slot] = replace(held, **changes)
 
-    def complete_parity(self, slot, snapshot, num_bytes, crcs):
+    def complete_parity(self, slot, snapshot, num_bytes, crcs, received_bytes=0):
         state = max(self.slots[slot].state, State.PARITY)
         self._change(slot, snapshot, state=state, parity_bytes=num_bytes)
+        self.received_bytes = received_bytes
         self.crcs[slot]["parity"] = list(crcs)
 
     def complete(self, slot, snapshot):
@@ -86,7 +88,7 @@ class MemoryStore:
         assert self.slots[slot].state < State.GLOBAL
         self.slots[slot] = None
 
-    def rebuild(self, snapshot, data_bytes, schema_bytes=0):
+    def rebuild(self, snapshot, data_bytes, schema_bytes=0, shares=()):
         def order(slot):
             held = self.slots[slot]
             if held is None:
@@ -94,7 +96,7 @@ class MemoryStore:
             return (0, 0) if held.snapshot >= snapshot or held.state < State.LOCAL else (1, held.snapshot.sequence)
 
         slot = min((0, 1), key=order)
-        self.slots[slot] = Held(slot, snapshot, State.WRITING, data_bytes, schema_bytes=schema_bytes)
+        self.slots[slot] = Held(slot, snapshot, State.WRITING, data_bytes, schema_bytes=schema_bytes, shares=shares)
         self.bytes[slot]["data"] = bytearray(b"\x5a" * data_bytes)
         self.crcs[slot] = {"data": None, "parity": None}
         self.others[slot] = {}
@@ -152,12 +154,17 @@ class Proxy:
 
 
 class Group:
-    """Nodes with the given sizes; ``harms`` is {(asking node, asked node): harm}."""
+    """Nodes with the given sizes; ``harms`` is {(asking node, asked node): harm}.
 
-    def __init__(self, name, sizes, limits=QUICK, block_bytes=BLOCK_BYTES, harms=None, seed=0):
+    ``shares``: of each node, behind these; copies of the shares of nodes before it follow.
+    """
+
+    def __init__(self, name, sizes, limits=QUICK, block_bytes=BLOCK_BYTES, harms=None, seed=0, shares=()):
         n = len(sizes)
         self.sizes, self.limits, self.block_bytes, self.harms = sizes, limits, block_bytes, harms or {}
         self.code = code_for(n, 2 if name == "rs" else 1, name)
+        self.owned = [[(i - behind) % n for behind in range(self.code.m + 1)] if shares else [] for i in range(n)]
+        self.shares = [tuple(shares[owner] for owner in owned) for owned in self.owned]
         self.seed = seed
         self.stores = [MemoryStore(block_bytes) for _ in sizes]
         self.nodes, self.proxies, self.addresses = {}, {}, {}
@@ -200,12 +207,21 @@ class Group:
         await self.nodes.pop(node).close()
 
     def content(self, snapshot, node):
-        random = np.random.default_rng([self.seed, snapshot.sequence, node])
-        return random.integers(0, 256, self.sizes[node], dtype=np.uint8).tobytes()
+        def made(size, *seed):
+            random = np.random.default_rng([self.seed, snapshot.sequence, *seed])
+            return random.integers(0, 256, size, dtype=np.uint8).tobytes()
+
+        parts = zip(self.shares[node], self.owned[node], strict=True)
+        return made(self.sizes[node], node) + b"".join(made(size, owner, 1) for size, owner in parts)
 
     def commit(self, snapshot, nodes=None):
         for node in self.nodes if nodes is None else nodes:
-            self.stores[node].commit(snapshot, self.content(snapshot, node))
+            self.stores[node].commit(snapshot, self.content(snapshot, node), self.shares[node])
+
+    @property
+    def layout(self):
+        sizes = [size + sum(own) for size, own in zip(self.sizes, self.shares, strict=True)]
+        return Layout(self.code, sizes, self.shares)
 
     async def code_all(self, snapshot, nodes=None):
         chosen = list(self.nodes if nodes is None else nodes)
@@ -236,13 +252,14 @@ class Group:
     def check(self, snapshot, nodes=None):
         """All bytes are as they were committed, and parity is what the code says."""
         data = {node: self.content(snapshot, node) for node in range(len(self.sizes))}
-        layout = Layout(self.code, self.sizes)
+        layout = self.layout
         parity = {node: bytearray(layout.parity_bytes) for node in data}
         encode(layout, data, parity)
         for node in data if nodes is None else nodes:
             store = self.stores[node]
             held = find(store, snapshot, State.GLOBAL)
             assert held is not None, (node, store.slots)
+            assert held.shares == self.shares[node]
             assert bytes(store.data(held.slot)) == data[node]
             assert bytes(store.parity(held.slot, layout.parity_bytes)) == parity[node]
             assert store.data_crcs(held.slot) == block_crcs(memoryview(data[node]), self.block_bytes)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from stowplan.runtime.snapshot.state.payload import Division
 from stowplan.runtime.snapshot.state.state_schema import dump_schema
 from stowplan.runtime.snapshot.state.training_state import TrainingState, flatten
 from tests.runtime.snapshot.trainings import raw
@@ -101,9 +100,9 @@ class Replicated:
         return {name: bits for name, bits in self.fingerprint().items() if not name.startswith("norm.running")}
 
 
-def piece_of(state: TrainingState, portions: Any = None) -> tuple[bytes, bytes]:
+def piece_of(state: TrainingState, division: Division | None = None) -> tuple[bytes, bytes]:
     """Schema and bytes of a snapshot."""
-    flat = flatten(state, portions)
+    flat = flatten(state, division)
     buffer = bytearray(b"\xa5" * flat.num_bytes)
     flat.copy_into(buffer)
     return dump_schema(flat.schema), bytes(buffer)

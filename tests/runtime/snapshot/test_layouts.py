@@ -29,10 +29,10 @@ def test_other_names_are_none(suffix):
 
 def test_the_newest_generation_comes_first_and_what_is_empty_not_at_all():
     found = [
-        Found(PAIR, "a.2", 0, 10, (1, 9)),
-        Found(PAIR, "b.2", 1, 10, None),
-        Found(TRIPLE, "a.3", 0, 10, (2, 1)),
-        Found(ALONE, "a.1", 0, 10, None),
+        Found(PAIR, "a.2", 0, 10, 0, (1, 9)),
+        Found(PAIR, "b.2", 1, 10, 0, None),
+        Found(TRIPLE, "a.3", 0, 10, 0, (2, 1)),
+        Found(ALONE, "a.1", 0, 10, 0, None),
     ]
     assert newest_first(found) == [TRIPLE, PAIR]
 
@@ -40,17 +40,17 @@ def test_the_newest_generation_comes_first_and_what_is_empty_not_at_all():
 def test_nodes_have_the_numbers_of_their_memory_and_newcomers_free_ones():
     process = {node: TRIPLE.process(node) for node in "abcd"}
     found = {
-        "c": [Found(TRIPLE, process["c"], 2, 10, (1, 9)), Found(PAIR, "c.2", 0, 10, (7, 9))],
-        "a": [Found(TRIPLE, process["a"], 0, 10, (1, 9))],
+        "c": [Found(TRIPLE, process["c"], 2, 10, 0, (1, 9)), Found(PAIR, "c.2", 0, 10, 0, (7, 9))],
+        "a": [Found(TRIPLE, process["a"], 0, 10, 0, (1, 9))],
     }
     assert numbered("acd", TRIPLE, found) == {"a": 0, "c": 2, "d": 1}
-    found["d"] = [Found(TRIPLE, process["d"], 2, 10, (2, 1))]
+    found["d"] = [Found(TRIPLE, process["d"], 2, 10, 0, (2, 1))]
     assert numbered("acd", TRIPLE, found) == {"a": 0, "d": 2, "c": 1}, "the newer one has it"
     assert numbered("abc", TRIPLE, {}) == {"a": 0, "b": 1, "c": 2}
 
 
 def test_what_stands_in_for_another_node_is_not_a_nodes_own():
-    own, stand_in = (Found(PAIR, PAIR.process("a", index), index or 0, 10, (1, 1)) for index in (None, 1))
+    own, stand_in = (Found(PAIR, PAIR.process("a", index), index or 0, 10, 0, (1, 1)) for index in (None, 1))
     assert own_memory("a", PAIR, [stand_in, own]) == own
     assert own_memory("a", PAIR, [stand_in]) is None
     assert numbered("ab", PAIR, {"a": [stand_in]}) == {"a": 0, "b": 1}
@@ -58,9 +58,9 @@ def test_what_stands_in_for_another_node_is_not_a_nodes_own():
 
 def test_memory_of_all_nodes_is_taken_care_of_once():
     found = [
-        [Found(TRIPLE, "a", 2, 10, (1, 1)), Found(PAIR, "x", 0, 10, (1, 1))],
+        [Found(TRIPLE, "a", 2, 10, 0, (1, 1)), Found(PAIR, "x", 0, 10, 0, (1, 1))],
         [],
-        [Found(TRIPLE, "c", 0, 10, None)],
+        [Found(TRIPLE, "c", 0, 10, 0, None)],
     ]
     taken = [taken_over(TRIPLE, found, rank, "n", lambda *names: names) for rank in range(3)]
     assert taken == [

@@ -71,19 +71,28 @@ class Layout:
     """A code over nodes with so many bytes each: ``node_bytes`` for all, or a number for each node.
 
     Chunks have ``chunk_bytes``, from the largest node and a multiple of 64; bytes behind a node's end count as zeros
-    and are neither sent nor stored. Raises InvalidArgument: numbers below 0, or not one for each node.
+    and are neither sent nor stored.
+
+    At the end of its bytes a node may have *shares*: its own, and copies of those of the m nodes before it. ``shares``
+    has their sizes in this order for each node, or nothing for all. They need no parity: a share that is lost is read
+    where a copy of it is, as in a mirror with m copies.
+
+    Raises InvalidArgument: numbers below 0, or not one for each node; copies that are not as long as what they are of.
     """
 
-    def __init__(self, code: Code, node_bytes: int | Sequence[int]) -> None:
+    def __init__(self, code: Code, node_bytes: int | Sequence[int], shares: Sequence[Sequence[int]] = ()) -> None:
         sizes = (node_bytes,) * code.n if isinstance(node_bytes, int) else tuple(node_bytes)
         if len(sizes) != code.n:
             raise InvalidArgument(f"node_bytes has {len(sizes)} numbers: give one, or one for each of {code.n} nodes.")
-        if min(sizes) < 0:
-            raise InvalidArgument(f"node_bytes has {min(sizes)}: numbers of bytes are 0 or more.")
         self.code = code
         self.node_bytes = sizes
+        self.shares = _checked_shares(code, shares)
+        self.coded_bytes = tuple(size - sum(own) for size, own in zip(sizes, self.shares, strict=True))
+        if min(self.coded_bytes) < 0:
+            raise InvalidArgument(f"node_bytes has {min(sizes)}: numbers of bytes are 0 or more, and hold the shares.")
         pieces = code.num_data_chunks * _ALIGNMENT_BYTES
-        self.chunk_bytes = -(-max(sizes) // pieces) * _ALIGNMENT_BYTES
+        self.chunk_bytes = -(-max(self.coded_bytes) // pieces) * _ALIGNMENT_BYTES
+        self.stripes = (*code.stripes, *(_share(code, node) for node in range(code.n) if self.shares[node]))
 
     @property
     def parity_bytes(self) -> int:
@@ -95,13 +104,18 @@ class Layout:
         return self.node_bytes[node] if area is Area.DATA else self.parity_bytes
 
     def span(self, chunk: Chunk) -> Span:
-        """Where a chunk is; shorter than ``chunk_bytes``, or empty, at the end of a node's data."""
-        total = self.area_bytes(chunk.node, chunk.area)
+        """Where a chunk is; shorter than ``chunk_bytes``, or empty, at the end of a node's data. Shares are chunks."""
+        total = self.parity_bytes
+        if chunk.area is Area.DATA:
+            total, behind = self.coded_bytes[chunk.node], chunk.index - self.code.num_data_chunks
+            if behind >= 0:
+                begin = total + sum(self.shares[chunk.node][:behind])
+                return Span(chunk.node, chunk.area, begin, self.shares[chunk.node][behind])
         begin = min(chunk.index * self.chunk_bytes, total)
         return Span(chunk.node, chunk.area, begin, min(self.chunk_bytes, total - begin))
 
     def exchange(self, destination: int | None = None) -> Plan:
-        """What makes all parities, or those that node ``destination`` keeps, from nodes' data."""
+        """What makes all parities, or those that node ``destination`` keeps, from nodes' data but for their shares."""
         wanted = self.code.nodes(range(self.code.n) if destination is None else (destination,))
         spans: list[Span] = []
         terms: list[Term] = []
@@ -129,7 +143,7 @@ class Layout:
         made: list[Span] = []
         terms: list[Term] = []
         beyond: set[Chunk] = set()
-        for number, stripe in enumerate(self.code.stripes):
+        for number, stripe in enumerate(self.stripes):
             holes = {chunk: list(self._holes(chunk, gone, spans)) for chunk in stripe.chunks}
             edges = sorted({edge for found in holes.values() for hole in found for edge in hole})
             for begin, end in pairwise(edges):
@@ -176,6 +190,31 @@ class Layout:
         nodes = [f"node {node}" for node in sorted(gone & {chunk.node for chunk in beyond})]
         chunks = [str(chunk) for chunk in sorted(beyond) if chunk.node not in gone]
         return UnrecoverableSnapshot([*nodes, *chunks], self.code.stands)
+
+
+def _checked_shares(code: Code, shares: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+    if not any(shares):
+        return ((),) * code.n
+    found = tuple(tuple(own) for own in shares)
+    if [len(own) for own in found] != [code.m + 1] * code.n:
+        raise InvalidArgument(
+            f"shares={shares!r}: give {code.m + 1} numbers for each of {code.n} nodes, for its own share and those of "
+            f"the {code.m} before it, or nothing."
+        )
+    for node, own in enumerate(found):
+        for behind, size in enumerate(own):
+            owner = (node - behind) % code.n
+            if size != found[owner][0] or size < 0:
+                raise InvalidArgument(
+                    f"shares={shares!r}: node {node} has {size} bytes of node {owner}'s share of {found[owner][0]}."
+                )
+    return found
+
+
+def _share(code: Code, node: int) -> Stripe:
+    """A node's share, with its copies for parities."""
+    chunks = [Chunk((node + k) % code.n, Area.DATA, code.num_data_chunks + k) for k in range(code.m + 1)]
+    return Stripe((chunks[0],), tuple(chunks[1:]), ((1,),) * code.m)
 
 
 def _solution(stripe: Stripe, erased: Sequence[Chunk]) -> Iterator[tuple[Chunk, list[tuple[Chunk, int]]]]:

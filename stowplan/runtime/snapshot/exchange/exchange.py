@@ -33,7 +33,7 @@ from stowplan.runtime.snapshot.exchange.wire import MOST_PAYLOAD_BYTES
 from stowplan.runtime.snapshot.fail_points import fail_at
 from stowplan.runtime.snapshot.memory.slots import Snapshot, State
 
-__all__ = ["Exchange", "Outcome", "Verdict", "crcs_in_turn", "fenced", "gathered", "member_of"]
+__all__ = ["Exchange", "Outcome", "Verdict", "crcs_in_turn", "fenced", "gathered", "layout_of", "member_of"]
 
 T = TypeVar("T")
 _ZEROS = bytes(1 << 20)
@@ -69,6 +69,11 @@ def member_of(run: str, group: str, node: int, code: Code, block_bytes: int) -> 
             f"block_bytes={block_bytes}: blocks that have a CRC take 1 to {MOST_PAYLOAD_BYTES} bytes."
         )
     return Member(run, group, node, code.n, f"{code.name} {code.n} {code.m}", block_bytes)
+
+
+def layout_of(code: Code, tables: Sequence[Table]) -> Layout:
+    """Of all nodes' tables. Raises InvalidArgument: copies of shares are not as long as what they are of."""
+    return Layout(code, [table.num_bytes for table in tables], [table.shares for table in tables])
 
 
 class Exchange:
@@ -202,11 +207,13 @@ class Exchange:
         tables = {own.node: own} | {table.node: table for table in found}
         for table in found:
             self.store.keep_table(held.slot, table.node, table.packed())
-        layout = Layout(self.coding, [tables[node].num_bytes for node in range(self.member.num_nodes)])
+        layout = layout_of(self.coding, [tables[node] for node in range(self.member.num_nodes)])
         parity = self.store.parity(held.slot, layout.parity_bytes)
-        await self.carry_out(layout.exchange(self.member.node), snapshot, {Area.PARITY: parity}, tables, urgent=False)
+        received = await self.carry_out(
+            layout.exchange(self.member.node), snapshot, {Area.PARITY: parity}, tables, urgent=False
+        )
         crcs = await crcs_in_turn(parity, self.member.block_bytes)
-        self.store.complete_parity(self._held(snapshot).slot, snapshot, layout.parity_bytes, crcs)
+        self.store.complete_parity(self._held(snapshot).slot, snapshot, layout.parity_bytes, crcs, received)
 
     async def _table(self, node: int, snapshot: Snapshot) -> Table:
         _, content = await self.ask(node, AskTable(snapshot, node), Done)
@@ -232,8 +239,10 @@ class Exchange:
         tables: Mapping[int, Table],
         *,
         urgent: bool,
-    ) -> None:
+    ) -> int:
         """Overwrite the plan's destinations in ``areas``, all of this node, with what it makes of others' bytes.
+
+        Gives the number of bytes that came from other nodes.
 
         Raises SnapshotPeerRefused ("bad", "absent", …); waits for nodes that cannot be reached.
         """
@@ -243,7 +252,7 @@ class Exchange:
         of_node: dict[int, list[Term]] = {}
         for term in plan.terms:
             of_node.setdefault(term.source.node, []).append(term)
-        await gathered(self._pull(terms, snapshot, areas, tables, urgent) for terms in of_node.values())
+        return sum(await gathered(self._pull(terms, snapshot, areas, tables, urgent) for terms in of_node.values()))
 
     async def _pull(
         self,
@@ -252,7 +261,7 @@ class Exchange:
         areas: Mapping[Area, memoryview],
         tables: Mapping[int, Table],
         urgent: bool,
-    ) -> None:
+    ) -> int:
         for term in terms:
             for piece in _pieces(term, self.member.block_bytes):
                 source = piece.source
@@ -262,6 +271,7 @@ class Exchange:
                     self.check_fence()
                     self._check(source, content, tables[source.node])
                     accumulate(piece, content, areas[piece.destination.area])
+        return sum(term.source.length for term in terms if term.source.node != self.member.node)
 
     def _check(self, source: Span, content: bytes, table: Table) -> None:
         """Of whole blocks the sender's word is not taken."""

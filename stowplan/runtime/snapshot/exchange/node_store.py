@@ -10,16 +10,19 @@ from typing import Protocol
 from stowplan.runtime.snapshot.codes import crc32c
 from stowplan.runtime.snapshot.memory.slots import Snapshot, State
 
-__all__ = ["Held", "NodeStore", "Table", "block_crcs", "find"]
+__all__ = ["MOST_SHARES", "Held", "NodeStore", "Table", "block_crcs", "find", "packed_shares"]
 
-_TABLE = struct.Struct("<4sIQQQQQQ")  # magic, node, generation, sequence, step, bytes, of schema, of a block
+MOST_SHARES = 3  # a node's own, and those of two others: no code is for the loss of more
+
+# magic, node, generation, sequence, step, bytes, of schema, of a block, of shares, how many of these
+_TABLE = struct.Struct(f"<4sIQQQQQQ{MOST_SHARES}QI")
 _CRC = struct.Struct("<I")
 _MAGIC = b"STWT"
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """A slot that is not FREE; ``parity_bytes`` is 0 before PARITY."""
+    """A slot that is not FREE; ``parity_bytes`` is 0 before PARITY, ``shares`` are as of ``Layout``."""
 
     slot: int
     snapshot: Snapshot
@@ -27,6 +30,7 @@ class Held:
     data_bytes: int
     parity_bytes: int = 0
     schema_bytes: int = 0
+    shares: tuple[int, ...] = ()
 
 
 class NodeStore(Protocol):
@@ -60,8 +64,10 @@ class NodeStore(Protocol):
     def keep_table(self, slot: int, node: int, table: bytes) -> None:
         """Keep another node's packed table beside the slot, until the slot has another snapshot."""
 
-    def complete_parity(self, slot: int, snapshot: Snapshot, num_bytes: int, crcs: Sequence[int]) -> None:
-        """LOCAL becomes PARITY; in recovery parity of a later state may be replaced, which stays."""
+    def complete_parity(
+        self, slot: int, snapshot: Snapshot, num_bytes: int, crcs: Sequence[int], received_bytes: int = 0
+    ) -> None:
+        """LOCAL becomes PARITY, for which so many bytes came from other nodes; in recovery later states stay."""
 
     def complete(self, slot: int, snapshot: Snapshot) -> None:
         """The slot becomes GLOBAL."""
@@ -69,7 +75,7 @@ class NodeStore(Protocol):
     def give_up(self, slot: int, snapshot: Snapshot) -> None:
         """The slot becomes FREE: no node can have come to GLOBAL with it. Also from PARITY."""
 
-    def rebuild(self, snapshot: Snapshot, data_bytes: int, schema_bytes: int) -> int:
+    def rebuild(self, snapshot: Snapshot, data_bytes: int, schema_bytes: int, shares: tuple[int, ...]) -> int:
         """A slot, WRITING, with room for what was lost: a FREE one, or else the oldest."""
 
     def complete_data(self, slot: int, snapshot: Snapshot, crcs: Sequence[int]) -> None:
@@ -89,12 +95,13 @@ class Table:
     block_bytes: int
     crcs: tuple[int, ...]
     schema_bytes: int = 0
+    shares: tuple[int, ...] = ()
 
     def packed(self) -> bytes:
         """For the wire and for other nodes' memory."""
         key = self.snapshot
         head = (self.node, key.generation, key.sequence, key.step, self.num_bytes, self.schema_bytes, self.block_bytes)
-        body = _TABLE.pack(_MAGIC, *head) + struct.pack(f"<{len(self.crcs)}I", *self.crcs)
+        body = _TABLE.pack(_MAGIC, *head, *packed_shares(self.shares)) + struct.pack(f"<{len(self.crcs)}I", *self.crcs)
         return body + _CRC.pack(crc32c(body))
 
     @classmethod
@@ -108,11 +115,19 @@ class Table:
         body, crc = content[: -_CRC.size], content[-_CRC.size :]
         if len(body) < _TABLE.size or len(body) % _CRC.size or _CRC.pack(crc32c(body)) != crc:
             return None
-        magic, node, generation, sequence, step, num_bytes, schema_bytes, block_bytes = _TABLE.unpack_from(body)
+        magic, node, generation, sequence, step, num_bytes, schema_bytes, block_bytes, *shares, count = (
+            _TABLE.unpack_from(body)
+        )
         crcs = struct.unpack(f"<{(len(body) - _TABLE.size) // _CRC.size}I", body[_TABLE.size :])
         if magic != _MAGIC or not block_bytes or len(crcs) != -(-num_bytes // block_bytes):
             return None
-        return cls(node, Snapshot(generation, sequence, step), num_bytes, block_bytes, crcs, schema_bytes)
+        snapshot = Snapshot(generation, sequence, step)
+        return cls(node, snapshot, num_bytes, block_bytes, crcs, schema_bytes, tuple(shares[:count]))
+
+
+def packed_shares(shares: Sequence[int]) -> tuple[int, ...]:
+    """For records of a fixed size: the sizes, zeros behind them, and how many they are."""
+    return (*shares, *(0,) * (MOST_SHARES - len(shares)), len(shares))
 
 
 def find(store: NodeStore, snapshot: Snapshot, least: State = State.WRITING) -> Held | None:

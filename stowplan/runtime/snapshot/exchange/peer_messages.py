@@ -102,7 +102,7 @@ class Decision:
     Attributes:
         verdict: "rebuild" what is lost of ``snapshot``; "commit", all have; "refused", nothing can be restored;
             "ended", a node was lost meanwhile, ``advice`` says which.
-        node_bytes: data of each node.
+        node_bytes, shares: of each node, as of ``Layout``.
         lost: nodes without the snapshot.
         bad: spans of the others that count as lost.
         names, stands, advice: of UnrecoverableSnapshot.
@@ -111,6 +111,7 @@ class Decision:
     verdict: str
     snapshot: Snapshot | None = None
     node_bytes: tuple[int, ...] = ()
+    shares: tuple[tuple[int, ...], ...] = ()
     lost: tuple[int, ...] = ()
     bad: tuple[Span, ...] = ()
     names: tuple[str, ...] = ()

@@ -32,11 +32,7 @@ class RankStore:
         with self._store.exclusive():
             if self.rank not in self._store.members():
                 return []
-            headers = sorted(self._memory.headers.items())
-            return [
-                Held(slot, header.snapshot, header.state, header.data_bytes, header.parity_bytes, header.schema_bytes)
-                for slot, header in headers
-            ]
+            return [_held(slot, header) for slot, header in sorted(self._memory.headers.items())]
 
     def data(self, slot: int) -> memoryview:
         """The bytes of a slot's schema and payload."""
@@ -72,9 +68,12 @@ class RankStore:
         memory, _ = self._slot(slot)
         keep_table(memory.region.view, memory.geometry, slot, node, table)
 
-    def complete_parity(self, slot: int, snapshot: Snapshot, num_bytes: int, crcs: Sequence[int]) -> None:
+    def complete_parity(
+        self, slot: int, snapshot: Snapshot, num_bytes: int, crcs: Sequence[int], received_bytes: int = 0
+    ) -> None:
         """LOCAL becomes PARITY; of a later state the table is replaced."""
         with self._having(slot, snapshot) as memory:
+            memory.times.received(snapshot.sequence, received_bytes)
             memory.make_parity(snapshot.sequence, num_bytes, Checksums(crcs), mending=True)
 
     def complete(self, slot: int, snapshot: Snapshot) -> None:
@@ -88,10 +87,10 @@ class RankStore:
         with self._having(slot, snapshot) as memory:
             memory.become(memory.slots.abandoned(snapshot.sequence, by_all=True))
 
-    def rebuild(self, snapshot: Snapshot, data_bytes: int, schema_bytes: int) -> int:
+    def rebuild(self, snapshot: Snapshot, data_bytes: int, schema_bytes: int, shares: tuple[int, ...]) -> int:
         """A slot, WRITING, for what was lost."""
         with self._store.exclusive():
-            return self._memory.begin(snapshot, data_bytes, schema_bytes, rebuilding=True)
+            return self._memory.begin(snapshot, data_bytes, schema_bytes, shares, rebuilding=True)
 
     def complete_data(self, slot: int, snapshot: Snapshot, crcs: Sequence[int]) -> None:
         """WRITING becomes LOCAL; of a later state the table is replaced."""
@@ -123,3 +122,8 @@ class RankStore:
             if header.snapshot != snapshot:
                 raise SnapshotRefused("order", f"rank {self.rank}'s slot {slot} no longer has {snapshot}.")
             yield memory
+
+
+def _held(slot: int, header: Header) -> Held:
+    sizes = header.data_bytes, header.parity_bytes, header.schema_bytes
+    return Held(slot, header.snapshot, header.state, *sizes, header.shares)

@@ -23,7 +23,7 @@ from stowplan.core.errors import (
     UnrecoverableSnapshot,
 )
 from stowplan.runtime.snapshot.codes import Area, Layout, Plan, Span
-from stowplan.runtime.snapshot.exchange.exchange import Exchange, crcs_in_turn, fenced, gathered
+from stowplan.runtime.snapshot.exchange.exchange import Exchange, crcs_in_turn, fenced, gathered, layout_of
 from stowplan.runtime.snapshot.exchange.node_store import Held, Table, find
 from stowplan.runtime.snapshot.exchange.peer_messages import (
     AskDecision,
@@ -180,7 +180,10 @@ async def _examined(exchange: Exchange, members: Sequence[int], snapshot: Snapsh
         lost_names = [f"node {node}" for node in nodes if node not in holders]
         names = [f"all checksums of node {node}" for node, table in enumerate(tables) if table is None]
         return Decision("refused", snapshot, names=(*lost_names, *names), stands=exchange.coding.stands)
-    layout = Layout(exchange.coding, [table.num_bytes for table in known])
+    try:
+        layout = layout_of(exchange.coding, known)
+    except InvalidArgument as error:  # it was never PARITY anywhere
+        return Decision("refused", snapshot, names=(str(error),), stands=exchange.coding.stands)
     # Who has other bytes than its table says has nothing.
     sound = [node for node, slot in holders.items() if slot.data_bytes == known[node].num_bytes]
     lost = tuple(node for node in nodes if node not in sound)
@@ -190,7 +193,7 @@ async def _examined(exchange: Exchange, members: Sequence[int], snapshot: Snapsh
         layout.recovery(lost, bad)
     except UnrecoverableSnapshot as error:
         return Decision("refused", snapshot, names=error.lost, stands=error.stands)
-    return Decision("rebuild", snapshot, layout.node_bytes, lost, bad)
+    return Decision("rebuild", snapshot, layout.node_bytes, layout.shares, lost, bad)
 
 
 async def _any_table(exchange: Exchange, snapshot: Snapshot, node: int, holders: Iterable[int]) -> Table | None:
@@ -235,7 +238,7 @@ async def _try(exchange: Exchange, number: int, decision: Decision) -> str:
 async def _rebuild(exchange: Exchange, decision: Decision) -> None:
     snapshot, node, store = decision.snapshot, exchange.member.node, exchange.store
     assert snapshot is not None
-    layout = Layout(exchange.coding, decision.node_bytes)
+    layout = Layout(exchange.coding, decision.node_bytes, decision.shares)
     whole = layout.recovery(decision.lost, decision.bad)
     plan = Plan(
         tuple(span for span in whole.destinations if span.node == node),
@@ -245,7 +248,7 @@ async def _rebuild(exchange: Exchange, decision: Decision) -> None:
     for each in range(exchange.member.num_nodes):
         tables[each] = await _decided_table(exchange, snapshot, each, decision)
     if node in decision.lost:
-        slot = store.rebuild(snapshot, layout.node_bytes[node], tables[node].schema_bytes)
+        slot = store.rebuild(snapshot, layout.node_bytes[node], tables[node].schema_bytes, tables[node].shares)
     else:
         held = find(store, snapshot, State.LOCAL)
         if held is None:
@@ -277,6 +280,6 @@ async def _decided_table(exchange: Exchange, snapshot: Snapshot, node: int, deci
     """As the leader found it: its owner's, or any that is whole."""
     holders = [each for each in range(exchange.member.num_nodes) if each not in decision.lost]
     table = await _any_table(exchange, snapshot, node, holders)
-    if table is None or table.num_bytes != decision.node_bytes[node]:
+    if table is None or (table.num_bytes, table.shares) != (decision.node_bytes[node], decision.shares[node]):
         raise SnapshotPeerRefused("bad", f"nobody has node {node}'s table of CRCs of {snapshot} any more.")
     return table

@@ -153,4 +153,6 @@ def own_table(member: Member, store: NodeStore, held: Held) -> Table | None:
     crcs = store.data_crcs(held.slot)
     if crcs is None:
         return None
-    return Table(member.node, held.snapshot, held.data_bytes, member.block_bytes, tuple(crcs), held.schema_bytes)
+    return Table(
+        member.node, held.snapshot, held.data_bytes, member.block_bytes, tuple(crcs), held.schema_bytes, held.shares
+    )  # fmt: skip

@@ -24,7 +24,7 @@ from stowplan.runtime.snapshot.codes import crc32c
 __all__ = ["MOST_PAYLOAD_BYTES", "PROTOCOL_VERSION", "BrokenFrame", "Channel", "Header", "OtherVersion"]
 
 Header: TypeAlias = dict[str, Any]
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MOST_PAYLOAD_BYTES = 16 * MIB
 _MOST_HEADER_BYTES = 1 * MIB
 _MOST_STRANGERS_HEADER_BYTES = 4 * KIB

@@ -125,10 +125,13 @@ class SnapshotClient:
         return False
 
     # ---- writing ----
-    def begin(self, sequence: int, step: int, schema: Schema, *, kept: int = 0) -> Writing | Skipped:
+    def begin(
+        self, sequence: int, step: int, schema: Schema, *, shares: Sequence[int] = (), kept: int = 0
+    ) -> Writing | Skipped:
         """A slot for snapshot ``sequence``, with the schema in it, or what it would have to wait for.
 
-        The snapshot whose number is ``kept``, which has to be GLOBAL, is not overwritten.
+        ``shares``: the bytes at the payload's end that need no parity: this node's, and copies of those of the m before
+        it. The snapshot whose number is ``kept``, which has to be GLOBAL, is not overwritten.
 
         Sequence numbers are the same on all ranks, and higher than all before. All ranks skip together: agree on it
         (``Status``) before, or ``abandon`` what others skip.
@@ -137,7 +140,7 @@ class SnapshotClient:
         content = schema_to_bytes(schema)
         start = payload_offset(len(content))
         data_bytes = start + schema.payload_bytes
-        request = messages.Begin(self.rank, sequence, step, data_bytes, len(content), kept)
+        request = messages.Begin(self.rank, sequence, step, data_bytes, len(content), kept, tuple(shares))
         answer: object = self._connection.ask(request, (Begun, Skipped))[0]
         if isinstance(answer, Skipped):
             return answer

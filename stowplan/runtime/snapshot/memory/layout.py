@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, fields, replace
 from stowplan.core.errors import InvalidArgument
 from stowplan.core.units import MIB
 from stowplan.runtime.snapshot.codes import crc32c
-from stowplan.runtime.snapshot.exchange.node_store import Table
+from stowplan.runtime.snapshot.exchange.node_store import MOST_SHARES, Table, packed_shares
 from stowplan.runtime.snapshot.memory.slots import Slot, Snapshot, State
 
 __all__ = [
@@ -47,7 +47,7 @@ __all__ = [
 
 CHUNK_BYTES = 4 * MIB
 NUM_SLOTS = 2
-VERSION = 1
+VERSION = 2
 _MAGIC = b"STOWSNAP"
 _PAGE_BYTES = 4096
 _ALIGNMENT_BYTES = 2 * MIB
@@ -56,8 +56,8 @@ _PLACES = (0, _PAGE_BYTES // 2)
 _PAYLOAD_ALIGNMENT_BYTES = 64
 _CODE_BYTES = 8
 # magic, version, state, slot, code, n, m, index, run; revision, generation, sequence, step, capacities of data and
-# parity, bytes of data, schema and parity; CRCs of schema, data's table and parity's table
-_FIELDS = struct.Struct("<8sHBB8sHHHx64sQQQQQQQQQIIIx")
+# parity, bytes of data, schema and parity; CRCs of schema, data's table and parity's table; bytes of shares, how many
+_FIELDS = struct.Struct(f"<8sHBB8sHHHx64sQQQQQQQQQIII{MOST_SHARES}QI")
 _CRC = struct.Struct("<I")
 _LENGTH = struct.Struct("<I")
 
@@ -144,7 +144,7 @@ class Geometry:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a slot says of itself; ``data_bytes`` has the schema and the payload."""
+    """What a slot says of itself; ``data_bytes`` has the schema and the payload, ``shares`` are as of codes' Layout."""
 
     run: str
     state: State
@@ -156,6 +156,7 @@ class Header:
     schema_crc: int = 0
     data_table_crc: int = 0
     parity_table_crc: int = 0
+    shares: tuple[int, ...] = ()
     coding: Coding = field(default_factory=Coding)
     revision: int = 0
 
@@ -172,6 +173,7 @@ class Header:
             self.run.encode(), self.revision, snapshot.generation, snapshot.sequence, snapshot.step,
             self.geometry.data_capacity_bytes, self.geometry.parity_capacity_bytes, self.data_bytes, self.schema_bytes,
             self.parity_bytes, self.schema_crc, self.data_table_crc, self.parity_table_crc,
+            *packed_shares(self.shares),
         ).ljust(_RECORD_BYTES - _CRC.size, b"\0")  # fmt: skip
         return body + _CRC.pack(crc32c(body))
 
@@ -183,7 +185,8 @@ class Header:
         if crc != crc32c(body) or values[:2] != (_MAGIC, VERSION) or values[2] not in set(State) or values[3] != slot:
             return None
         _, _, state, _, code, n, m, index, run, revision, *snapshot, data_capacity, parity_capacity = values[:15]
-        data_bytes, schema_bytes, parity_bytes, schema_crc, data_table_crc, parity_table_crc = values[15:]
+        data_bytes, schema_bytes, parity_bytes, schema_crc, data_table_crc, parity_table_crc = values[15:21]
+        *shares, num_shares = values[21:]
         return cls(
             run=_text(run),
             state=State(state),
@@ -195,6 +198,7 @@ class Header:
             schema_crc=schema_crc,
             data_table_crc=data_table_crc,
             parity_table_crc=parity_table_crc,
+            shares=tuple(shares[:num_shares]),
             coding=Coding(_text(code), n, m, index),
             revision=revision,
         )

@@ -59,7 +59,7 @@ __all__ = [
     "request_from_plain",
 ]
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _MOST_RANKS = 4096
 
@@ -113,7 +113,7 @@ class Detach:
 class Begin:
     """A slot for a snapshot; ``data_bytes`` has schema and payload. Answered by Begun, or Skipped if coding is late.
 
-    Snapshot ``kept``, if any, is not overwritten.
+    ``shares`` are as of codes' Layout. Snapshot ``kept``, if any, is not overwritten.
     """
 
     rank: int
@@ -122,6 +122,7 @@ class Begin:
     data_bytes: int
     schema_bytes: int
     kept: int = 0
+    shares: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,8 +287,8 @@ class Inspected:
 class RankStatus:
     """A rank's memory, and which process writes it.
 
-    Of its last complete snapshot: for how long it was written by the trainer, and how long it took until it was GLOBAL;
-    None where this process has seen none.
+    Of its last complete snapshot: for how long it was written by the trainer, how long it took until it was GLOBAL, and
+    how many bytes came from other nodes for its parity; None where this process has seen none.
     """
 
     rank: int
@@ -298,6 +299,7 @@ class RankStatus:
     slots: tuple[SlotStatus, ...]
     blocking_seconds: float | None = None
     total_seconds: float | None = None
+    received_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,28 +40,39 @@ class Checksums:
 
 @dataclass(eq=False)
 class Times:
-    """How long the last complete snapshot took, from its beginning until it was written, and until it was GLOBAL."""
+    """How long the last complete snapshot took, from its beginning until it was written, and until it was GLOBAL.
+
+    And how many bytes came from other nodes for its parity.
+    """
 
     last_blocking_seconds: float | None = None
     last_total_seconds: float | None = None
+    last_received_bytes: int | None = None
     _sequence: int = 0  # of the snapshot that is on its way
     _began: float = 0.0
     _blocking_seconds: float = 0.0
+    _received_bytes: int = 0
 
     def begin(self, sequence: int) -> None:
         """The trainer may write now."""
-        self._sequence, self._began = sequence, time.monotonic()
+        self._sequence, self._began, self._received_bytes = sequence, time.monotonic(), 0
 
     def written(self, sequence: int) -> None:
         """The trainer goes on training."""
         if sequence == self._sequence:
             self._blocking_seconds = time.monotonic() - self._began
 
+    def received(self, sequence: int, num_bytes: int) -> None:
+        """From other nodes."""
+        if sequence == self._sequence:
+            self._received_bytes = num_bytes
+
     def complete(self, sequence: int) -> None:
         """It is GLOBAL."""
         if sequence == self._sequence:
             self.last_blocking_seconds = self._blocking_seconds
             self.last_total_seconds = time.monotonic() - self._began
+            self.last_received_bytes = self._received_bytes
 
 
 @dataclass(eq=False)
@@ -120,19 +131,34 @@ class RankMemory:
         return index, self.headers[index]
 
     def begin(
-        self, snapshot: Snapshot, data_bytes: int, schema_bytes: int, *, kept: int = 0, rebuilding: bool = False
+        self,
+        snapshot: Snapshot,
+        data_bytes: int,
+        schema_bytes: int,
+        shares: tuple[int, ...] = (),
+        *,
+        kept: int = 0,
+        rebuilding: bool = False,
     ) -> int:
         """The slot that the snapshot may be written into; what it held is invalid from now on, but never ``kept``."""
         self.geometry.data_view(self.region.view, 0, data_bytes)  # raises for what does not fit
         if not 0 < schema_bytes <= data_bytes:
             raise SnapshotRefused("size", f"a schema of {schema_bytes} bytes cannot begin {data_bytes} bytes of data.")
+        counted = not shares or (len(shares) == self.coding.m + 1 and min(shares) >= 0)
+        if not counted or sum(shares) > data_bytes - schema_bytes:
+            raise SnapshotRefused(
+                "size",
+                f"shares of {shares} bytes do not end {data_bytes} bytes of data, {schema_bytes} of them schema: there "
+                f"are {self.coding.m + 1}, or none.",
+            )
         slots, index = self.slots.rebuilding(snapshot) if rebuilding else self.slots.begun(snapshot, kept)
         for other, (now, then) in enumerate(zip(self.slots.slots, slots.slots, strict=True)):
             if now != then:
                 self._free(other)
         self.headers[index] = Header(
-            self.run, State.WRITING, snapshot, self.geometry, data_bytes, schema_bytes, coding=self.coding
-        )
+            self.run, State.WRITING, snapshot, self.geometry, data_bytes, schema_bytes, shares=shares,
+            coding=self.coding,
+        )  # fmt: skip
         write_header(self.region.view, index, self.headers[index])
         self.slots = slots
         self.times.begin(0 if rebuilding else snapshot.sequence)
@@ -201,7 +227,8 @@ class RankMemory:
         slots = tuple(self.slot_status(index) for index in range(NUM_SLOTS))
         capacities = self.geometry.data_capacity_bytes, self.geometry.parity_capacity_bytes
         seconds = self.times.last_blocking_seconds, self.times.last_total_seconds
-        return RankStatus(self.rank, *capacities, self.coding, writer_pid, slots, *seconds)
+        received_bytes = self.times.last_received_bytes
+        return RankStatus(self.rank, *capacities, self.coding, writer_pid, slots, *seconds, received_bytes)
 
     def _free(self, index: int) -> None:
         invalidate(self.region.view, index)

@@ -214,7 +214,7 @@ class Server:
             case messages.Begin():
                 generation = self._writers.generation(request.rank, session)
                 snapshot = Snapshot(generation, request.sequence, request.step)
-                sizes = request.data_bytes, request.schema_bytes
+                sizes = request.data_bytes, request.schema_bytes, request.shares
                 return self.store.begin(request.rank, snapshot, *sizes, request.kept)
             case messages.Written():
                 self._writers.generation(request.rank, session)

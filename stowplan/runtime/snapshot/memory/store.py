@@ -105,11 +105,17 @@ class Store:
 
     # ---- a snapshot's way ----
     def begin(
-        self, rank: int, snapshot: Snapshot, data_bytes: int, schema_bytes: int, kept: int = 0
+        self,
+        rank: int,
+        snapshot: Snapshot,
+        data_bytes: int,
+        schema_bytes: int,
+        shares: tuple[int, ...] = (),
+        kept: int = 0,
     ) -> Begun | Skipped:
         """A slot to write into, or what has to be done first. Raises SnapshotRefused, InvalidArgument (sizes).
 
-        ``kept`` is the number of a snapshot that is not to be overwritten; 0: none.
+        ``shares`` are as of ``Layout``; ``kept`` is the number of a snapshot that is not to be overwritten; 0: none.
         """
         with self._changed:
             memory = self.memory(rank)
@@ -117,7 +123,7 @@ class Store:
             late = next((slot for slot in memory.slots.slots if slot.pending), None)
             if late is not None:
                 return Skipped(late.sequence, late.state)
-            return Begun(memory.begin(snapshot, data_bytes, schema_bytes, kept=kept))
+            return Begun(memory.begin(snapshot, data_bytes, schema_bytes, shares, kept=kept))
 
     def written(self, rank: int, sequence: int) -> None:
         """All bytes are there: checksums are computed in the background, then the slot is LOCAL."""

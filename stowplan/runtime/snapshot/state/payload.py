@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 from stowplan.runtime.snapshot.state.leaf import ALIGNMENT, Share
 
-__all__ = ["Payload", "Portion", "Storage"]
+__all__ = ["Division", "Payload", "Portion", "Storage"]
 
 
 class Storage(NamedTuple):
@@ -27,11 +28,15 @@ class Storage(NamedTuple):
 
 
 class Portion(NamedTuple):
-    """What a snapshot has of a replicated tensor: ``length`` of the share's dimension; ``owned`` as of leaves."""
+    """What a snapshot has of a replicated tensor: ``length`` of the share's dimension; ``owned`` as of leaves.
+
+    ``copied``: whether other nodes' snapshots have copies of it, taken from their own replicas.
+    """
 
     share: Share
     length: int
     owned: bool
+    copied: bool = False
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         """That part of it."""
@@ -58,3 +63,17 @@ class Payload:
             self.offsets.append(self.num_bytes)
             self.num_bytes += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
         return self._places[memory]
+
+
+@dataclass(frozen=True, slots=True)
+class Division:
+    """What a rank's snapshot has of what is replicated.
+
+    Attributes:
+        portions: by the paths of tensors.
+        shares: those portions of which other nodes have copies, and then the copies that this one has of others'; the
+            bytes of a share and of its copies are the same, gaps included. Empty where there are no copies.
+    """
+
+    portions: dict[str, Portion]
+    shares: tuple[Payload, ...] = ()

@@ -172,7 +172,8 @@ def _replica(path: str, tensor: torch.Tensor, ranks: Ranks) -> Iterator[Replica]
             return
         ranks, tensor = _mesh_ranks(tensor), tensor.to_local()
     known = type(tensor.detach()) in (torch.Tensor, FakeTensor)
-    plain = known and tensor.layout is torch.strided and not tensor.is_quantized
+    as_it_lies = not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
+    plain = known and tensor.layout is torch.strided and as_it_lies
     if len(ranks) > 1 and plain and tensor.device.type in ("cpu", "cuda") and tensor.nbytes > _LEAST_BYTES:
         yield Replica(path, tensor.detach(), ranks, distributed)
 

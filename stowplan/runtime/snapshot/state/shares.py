@@ -2,29 +2,32 @@
 
 Every rank works out the same division from tensors' order, shapes and types. Rows of a dimension are dealt as evenly as
 they can be; what is small goes to one rank or to few, in turn, so that no part is smaller than a page.
+
+Where all nodes have replicas, a rank's snapshot also has copies of the shares of the m nodes before its own, out of its
+own replicas: so any m nodes may be lost, and no byte of a share is sent to another node for that.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import torch
 
-from stowplan.runtime.snapshot.place import Agreement
+from stowplan.runtime.snapshot.place import Agreement, CodeGroup
 from stowplan.runtime.snapshot.state.leaf import Share
-from stowplan.runtime.snapshot.state.payload import Portion, Storage
+from stowplan.runtime.snapshot.state.payload import Division, Payload, Portion, Storage
 from stowplan.runtime.snapshot.state.replicas import Ranks, Replica, same_replicas
 from stowplan.runtime.snapshot.state.training_state import TrainingState
 
-__all__ = ["agreed_portions", "portions"]
+__all__ = ["agreed_division", "divided", "portions"]
 
 _LEAST_PART_BYTES = 4096
 _ENOUGH_ROWS = 16  # of a part: one more or less makes little difference
 
 
-def agreed_portions(agreement: Agreement, state: TrainingState) -> dict[str, Portion] | None:
-    """For ``flatten``: what this rank's snapshot has of replicated tensors, by path. All ranks call it.
+def agreed_division(agreement: Agreement, state: TrainingState, group: CodeGroup | None = None) -> Division | None:
+    """For ``flatten``, this rank's; ``group``: who holds copies of whose shares, if anybody does. All ranks call it.
 
     None where no rank of the job has anything that is replicated.
 
@@ -41,10 +44,26 @@ def agreed_portions(agreement: Agreement, state: TrainingState) -> dict[str, Por
             RuntimeWarning,
             stacklevel=3,
         )
-    return {
-        replica.path: portion._replace(owned=replica.path not in same.elsewhere)
-        for replica, portion in portions(same.replicas, agreement.rank)
+    return divided(same.replicas, agreement.rank, same.elsewhere, group)
+
+
+def divided(
+    replicas: Sequence[Replica], rank: int, elsewhere: Collection[str] = (), group: CodeGroup | None = None
+) -> Division:
+    """That of ``rank``, which has all ``replicas``; ``elsewhere`` are paths of what others write to disk."""
+    # In one order on all nodes: that of a family's own replicas is.
+    copied = sorted((each for each in replicas if group and group.within(each.ranks)), key=lambda each: each.ranks)
+    paths = {replica.path for replica in copied}
+    found = {
+        replica.path: portion._replace(owned=replica.path not in elsewhere, copied=replica.path in paths)
+        for replica, portion in portions(replicas, rank)
     }
+    shares = []
+    for owner in group.owners if group and copied else ():
+        shares.append(Payload())
+        for replica, portion in portions(copied, owner):
+            shares[-1].place(portion.of(replica.tensor))
+    return Division(found, tuple(shares))
 
 
 def portions(replicas: Iterable[Replica], rank: int) -> Iterator[tuple[Replica, Portion]]:

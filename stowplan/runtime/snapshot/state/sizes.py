@@ -6,6 +6,7 @@ Optimizer states that are not there yet, and fake tensors, are counted as what t
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from stowplan.offload.capture.optimizers import steady_states
 from stowplan.offload.parallel import like_distributed
 from stowplan.runtime.snapshot.memory.layout import payload_offset
 from stowplan.runtime.snapshot.memory.schema import Schema, Tensor, schema_to_bytes
-from stowplan.runtime.snapshot.reservation import Reservation, SnapshotMemory, with_reserve
+from stowplan.runtime.snapshot.place import CodeGroup
+from stowplan.runtime.snapshot.reservation import Reservation, SlotBytes, SnapshotMemory
 from stowplan.runtime.snapshot.state.leaf import Leaf
 from stowplan.runtime.snapshot.state.modules import models_of, named
 from stowplan.runtime.snapshot.state.replicas import replicas_of
@@ -29,15 +31,18 @@ from stowplan.runtime.snapshot.state.training_state import Flat, OptimizerStates
 __all__ = ["described", "expected_bytes", "predicted"]
 
 
-def described(flat: Flat) -> tuple[str, Schema, int]:
-    """The state's own schema as text, the slot's with it, and the bytes that the slot has to hold for all of it."""
-    text = dump_schema(flat.schema).decode()
-    schema = Schema((Tensor("state", "uint8", (flat.num_bytes,), 0, flat.num_bytes),), values=text)
-    return text, schema, payload_offset(len(schema_to_bytes(schema))) + flat.num_bytes
+def described(flat: Flat) -> tuple[str, Schema, SlotBytes]:
+    """The state's own schema as text, the slot's with it, and what the slot has to hold for all of it."""
+    text, num_bytes = dump_schema(flat.schema).decode(), flat.schema["bytes"]
+    parts = ("state", 0, num_bytes), ("copies", num_bytes, flat.num_bytes - num_bytes)
+    tensors = tuple(Tensor(name, "uint8", (size,), begin, size) for name, begin, size in parts if size)
+    schema = Schema(tensors, values=text)
+    data_bytes = payload_offset(len(schema_to_bytes(schema))) + flat.num_bytes
+    return text, schema, SlotBytes(data_bytes, data_bytes - sum(flat.shares))
 
 
-def expected_bytes(state: TrainingState) -> int:
-    """What a slot has to hold for this rank's snapshots once all optimizers have stepped.
+def expected_bytes(state: TrainingState, group: CodeGroup | None = None) -> SlotBytes:
+    """What a slot has to hold for this rank's snapshots once all optimizers have stepped; ``group`` as of ``divided``.
 
     States of optimizers that cannot be foreseen are left out.
     """
@@ -47,7 +52,7 @@ def expected_bytes(state: TrainingState) -> int:
         with contextlib.suppress(InvalidArgument):
             states |= steady_states(optimizer, device)
     with _disable_current_modes():
-        return _needed(state, states)
+        return _needed(state, states, group)
 
 
 def predicted(
@@ -60,16 +65,33 @@ def predicted(
     Raises InvalidArgument: something that a snapshot cannot hold.
     """
     with _disable_current_modes():
-        needed = _needed(TrainingState(model=model, optimizer=optimizer), states)
-        needed = _largest(needed + memory.beside_bytes, model)
-    return Reservation.of(with_reserve(needed), memory.erasure_code)
+        needed = _needed(TrainingState(model=model, optimizer=optimizer), states, _expected_group(memory))
+        sizes = (_largest(size + memory.beside_bytes, model) for size in (needed.data_bytes, needed.coded_bytes))
+        needed = SlotBytes(*sizes)
+    return Reservation.of(needed.with_reserve, memory.erasure_code)
 
 
-def _needed(state: TrainingState, states: OptimizerStates | None) -> int:
-    """Of this rank; of what is replicated an even share, as it is divided when its bytes are known."""
-    whole = described(flatten(state, encoder=Sizes(), optimizer_states=states))[2]
-    replicas = {id(replica.tensor): replica for replica in replicas_of(state, states)}.values()
-    return whole - sum(replica.tensor.nbytes * (len(replica.ranks) - 1) // len(replica.ranks) for replica in replicas)
+def _expected_group(memory: SnapshotMemory) -> CodeGroup | None:
+    """Of ranks that are dealt to nodes in turn, as launchers do."""
+    code, local_size = memory.erasure_code, memory.num_ranks_per_node
+    ready = dist.is_available() and dist.is_initialized()
+    if code is None or not ready or dist.get_world_size() != code.n * local_size:
+        return None
+    index, local_rank = divmod(dist.get_rank(), local_size)
+    return CodeGroup(tuple(node * local_size + local_rank for node in range(code.n)), index, code.m)
+
+
+def _needed(state: TrainingState, states: OptimizerStates | None, group: CodeGroup | None) -> SlotBytes:
+    """Of this rank; of what is replicated an even share, as it is divided when its bytes are known, and its copies."""
+    needed = described(flatten(state, encoder=Sizes(), optimizer_states=states))[2]
+    data_bytes = coded_bytes = needed.data_bytes
+    for replica in {_memory_of(replica.tensor): replica for replica in replicas_of(state, states)}.values():
+        size, num_ranks = replica.tensor.nbytes, len(replica.ranks)
+        share = size - size * (num_ranks - 1) // num_ranks
+        copied = group is not None and group.within(replica.ranks)
+        coded_bytes -= size if copied else size - share
+        data_bytes -= size - (share * len(group.owners) if group and copied else share)
+    return SlotBytes(data_bytes, coded_bytes)
 
 
 class Sizes(Encoder):
@@ -80,19 +102,25 @@ class Sizes(Encoder):
         self._stand_ins: dict[tuple[Any, ...], torch.Tensor] = {}
 
     def leaf(self, tensor: torch.Tensor, path: str) -> Leaf:
-        """As of any tensor."""
+        """As of any tensor; that it is not this rank's to write takes a byte more, and so do all ranks count it."""
         if isinstance(tensor, DTensor) and _is_empty(tensor._local_tensor):
             tensor = like_distributed(self._stand_in(tensor._local_tensor), tensor)
         elif _is_empty(tensor):
             tensor = self._stand_in(tensor)
-        return super().leaf(tensor, path)
+        return replace(super().leaf(tensor, path), owned=False)
 
     def _stand_in(self, fake: torch.Tensor) -> torch.Tensor:
         """One number that looks like all of the tensor; the same for what shares memory."""
-        key = (fake.untyped_storage()._cdata, fake.dtype, tuple(fake.shape), fake.stride())
+        key = _memory_of(fake)
         if key not in self._stand_ins:
             self._stand_ins[key] = torch.empty((), dtype=fake.dtype).expand(fake.shape)
         return self._stand_ins[key]
+
+
+def _memory_of(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """What makes two tensors the same bytes, also where there are none."""
+    place = tensor.untyped_storage()._cdata, tensor.storage_offset()
+    return (*place, tensor.dtype, tuple(tensor.shape), tensor.stride())
 
 
 def _is_empty(tensor: torch.Tensor) -> bool:

@@ -47,24 +47,25 @@ class Encoder:
 
     Args:
         portions: what the snapshot has of replicated tensors, by their paths.
+        share: where those lie of which other nodes have copies; ``move_share`` puts it behind all else.
 
     Attributes:
         owned: whether plain tensors of what is encoded next are this rank's to write to disk.
         elsewhere: paths of those that are not.
         sharded: whether what is encoded next may be distributed, or replicated.
-        own, shares: what is only here; parts of what is replicated, which ``move_shares`` puts behind.
+        own: where all else lies.
     """
 
-    def __init__(self, portions: Mapping[str, Portion] | None = None) -> None:
+    def __init__(self, portions: Mapping[str, Portion] | None = None, share: Payload | None = None) -> None:
         self.owned = self.sharded = True
         self.elsewhere: Collection[str] = ()
-        self.own, self.shares = Payload(), Payload()
+        self.own, self._share = Payload(), share or Payload()
         self._portions = portions or {}
         self._moving: list[dict[str, Any]] = []
         self._shards: dict[tuple[Any, ...], Shard] = {}
 
-    def move_shares(self, begin: int) -> None:
-        """Nodes made so far say from now on that shares begin at this offset."""
+    def move_share(self, begin: int) -> None:
+        """Nodes made so far say from now on that the share begins at this offset."""
         for plain in self._moving:
             plain["offset"] += begin
         self._moving.clear()
@@ -87,7 +88,8 @@ class Encoder:
         if isinstance(value, torch.Tensor):
             leaf = self.leaf(value, path)
             plain = leaf.to_json()
-            if leaf.share is not None and leaf.num_bytes:
+            portion = self._portion(path)
+            if portion is not None and portion.copied and leaf.num_bytes:
                 self._moving.append(plain)
             return {"tensor": plain}
         if isinstance(value, np.ndarray | np.generic):
@@ -167,10 +169,14 @@ class Encoder:
                 f"that are not quantized. Initialise or convert it first."
             )
         tensor = tensor.resolve_conj().resolve_neg()
-        portion = self._portions.get(path) if self.sharded else None
+        portion = self._portion(path)
         if portion is not None:
-            tensor, share, owned, payload = portion.of(tensor), portion.share, portion.owned, self.shares
+            tensor, share, owned = portion.of(tensor), portion.share, portion.owned
+            payload = self._share if portion.copied else self.own
         return Leaf(tensor.dtype, tuple(tensor.shape), payload.place(tensor), tensor.device.type, owned, shard, share)
+
+    def _portion(self, path: str) -> Portion | None:
+        return self._portions.get(path) if self.sharded else None
 
     def _shard(self, tensor: DTensor) -> Shard:
         """Worked out once for all tensors that are sharded alike: that takes longer than anything else here."""

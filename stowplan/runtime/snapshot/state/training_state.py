@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -22,8 +23,9 @@ from torch import nn
 
 from stowplan.core.errors import InvalidArgument, InvalidSnapshot
 from stowplan.runtime.snapshot.fail_points import fail_at
+from stowplan.runtime.snapshot.state.leaf import ALIGNMENT
 from stowplan.runtime.snapshot.state.modules import Models, models_of, named, parameter_groups
-from stowplan.runtime.snapshot.state.payload import Portion
+from stowplan.runtime.snapshot.state.payload import Division
 from stowplan.runtime.snapshot.state.state_schema import Encoder, envelope
 
 __all__ = [
@@ -95,18 +97,20 @@ class Flat:
     """A training's state as a schema and tensors in order; these are the live ones.
 
     Attributes:
-        schema: JSON-able (``state_schema.dump_schema`` gives its bytes).
+        schema: JSON-able (``state_schema.dump_schema`` gives its bytes). Its "bytes" are those of this rank's state.
         tensors, offsets: what lies where in the buffer, each at a multiple of 64.
-        num_bytes: of the buffer.
+        num_bytes: of the buffer: the state, and copies of others' shares behind it.
+        shares: the bytes of this rank's share, with which the state ends, and of each copy; empty without copies.
     """
 
     schema: dict[str, Any]
     tensors: tuple[torch.Tensor, ...]
     offsets: tuple[int, ...]
     num_bytes: int
+    shares: tuple[int, ...] = ()
 
     def copy_into(self, buffer: Any) -> Copied:
-        """Write all bytes at their places; done when this returns. The gaps between tensors stay as they are.
+        """Write all bytes at their places; done when this returns. Gaps between tensors become zeros.
 
         Tensors on a GPU go side by side on a stream of their own, after what their device has to do so far; if the
         buffer is page-locked (cudaHostRegister) at the speed of the link.
@@ -123,14 +127,17 @@ class Flat:
                 f"the buffer has {memoryview(buffer).nbytes} bytes{' and is read-only' * memoryview(buffer).readonly}; "
                 f"this snapshot takes {self.num_bytes} that can be written."
             )
-        data = as_bytes(buffer)
+        data, raw = as_bytes(buffer), memoryview(buffer).cast("B")
         streams: dict[torch.device, torch.cuda.Stream] = {}
         try:
             with torch.no_grad():
                 for index, (tensor, offset) in enumerate(zip(self.tensors, self.offsets, strict=True)):
                     if index == len(self.tensors) // 2:
                         fail_at("copy.during")
-                    place = data[offset : offset + tensor.nbytes].view(_INTEGERS[tensor.itemsize]).view(tensor.shape)
+                    end = offset + tensor.nbytes
+                    if end % ALIGNMENT:
+                        raw[end : end + -end % ALIGNMENT] = bytes(-end % ALIGNMENT)
+                    place = data[offset:end].view(_INTEGERS[tensor.itemsize]).view(tensor.shape)
                     if tensor.is_cuda:
                         with torch.cuda.stream(_side_stream(tensor.device, streams)):
                             place.copy_(bits(tensor), non_blocking=True)
@@ -151,7 +158,7 @@ def _side_stream(device: torch.device, streams: dict[torch.device, torch.cuda.St
 
 def flatten(
     state: TrainingState,
-    portions: Mapping[str, Portion] | None = None,
+    division: Division | None = None,
     *,
     elsewhere: Collection[str] | None = None,
     encoder: Encoder | None = None,
@@ -161,11 +168,11 @@ def flatten(
 
     Args:
         state: of the training.
-        portions: what this rank's snapshot has of what is replicated, by path (``shares.agreed_portions``); the other
-            ranks' have the rest. Default: all tensors are whole.
+        division: what this rank's snapshot has of what is replicated (``shares.agreed_division``); the other ranks'
+            have the rest. Default: all tensors are whole.
         elsewhere: paths of plain tensors that other ranks write to disk (``replicas.written_elsewhere``). Default: all,
             but on the first of ``state.replicas``.
-        encoder: what takes values apart. Default: one of these portions.
+        encoder: what takes values apart. Default: one of this division.
         optimizer_states: by parameter, for those of which the optimizer has none yet.
 
     Raises:
@@ -175,7 +182,8 @@ def flatten(
         raise InvalidArgument(f"step={state.step!r}: give the number of steps that are done, 0 or more.")
     ready = dist.is_available() and dist.is_initialized()
     replica = dist.get_rank(state.replicas) if ready else 0
-    encoder = encoder or Encoder(portions)
+    shares = division.shares if division else ()
+    encoder = encoder or Encoder(division.portions if division else None, shares[0] if shares else None)
     encoder.owned, encoder.elsewhere = elsewhere is not None or replica == 0, elsewhere or ()
     models = models_of(state.model)
     tree: dict[str, Any] = {
@@ -190,17 +198,19 @@ def flatten(
     rest["extras"] = {name: _extra(name, value) for name, value in state.extras.items()}
     rest["rng"] = _rng()
     node += [[part, encoder.encode(value, part)] for part, value in rest.items()]
-    own, shares = encoder.own, encoder.shares
-    encoder.move_shares(own.num_bytes)
+    encoder.move_share(encoder.own.num_bytes)
+    payloads = encoder.own, *shares
+    begins = list(accumulate((payload.num_bytes for payload in payloads), initial=0))
     schema = envelope(
         {"dict": node},
-        num_bytes=own.num_bytes + shares.num_bytes,
+        num_bytes=sum(payload.num_bytes for payload in payloads[:2]),
         rank=dist.get_rank() if ready else 0,
         step=state.step,
         world_size=dist.get_world_size() if ready else 1,
     )
-    offsets = (*own.offsets, *(own.num_bytes + offset for offset in shares.offsets))
-    return Flat(schema, (*own.tensors, *shares.tensors), offsets, schema["bytes"])
+    tensors = tuple(tensor for payload in payloads for tensor in payload.tensors)
+    offsets = [begin + offset for begin, payload in zip(begins, payloads, strict=False) for offset in payload.offsets]
+    return Flat(schema, tensors, tuple(offsets), begins[-1], tuple(payload.num_bytes for payload in shares))
 
 
 def size_bytes(state: TrainingState) -> int:

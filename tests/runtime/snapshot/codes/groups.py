@@ -14,13 +14,23 @@ def least_nodes(m):
 
 
 class Group:
-    """Nodes of the given sizes, with the parities that ``kernels`` make; ``damaged`` gives buffers without some."""
+    """Nodes of the given sizes, with the parities that ``kernels`` make; ``damaged`` gives buffers without some.
 
-    def __init__(self, name, sizes, kernels, seed=0):
-        random = np.random.default_rng([seed, len(sizes), *sizes])
+    ``shares``: of each node, behind these; copies of the shares of nodes before it follow.
+    """
+
+    def __init__(self, name, sizes, kernels, seed=0, shares=()):
+        random = np.random.default_rng([seed, len(sizes), *sizes, *shares])
         self.code = code_for(len(sizes), 2 if name == "rs" else 1, name)
-        self.layout = Layout(self.code, sizes)
-        self.data = {i: random.integers(0, 256, size, dtype=np.uint8).tobytes() for i, size in enumerate(sizes)}
+        n, m = self.code.n, self.code.m
+
+        def bytes_of(numbers):
+            return [random.integers(0, 256, number, dtype=np.uint8).tobytes() for number in numbers]
+
+        coded, own = bytes_of(sizes), bytes_of(shares)
+        held = [[own[(i - behind) % n] for behind in range(m + 1)] if shares else [] for i in range(n)]
+        self.data = {i: coded[i] + b"".join(held[i]) for i in range(n)}
+        self.layout = Layout(self.code, [len(data) for data in self.data.values()], [list(map(len, h)) for h in held])
         # What was in a buffer before must not matter.
         made = {i: bytearray(b"\xa5" * self.layout.parity_bytes) for i in self.data}
         encode(self.layout, self.data, made, kernels=kernels)

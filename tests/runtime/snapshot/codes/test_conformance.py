@@ -55,6 +55,23 @@ def test_every_loss_that_a_code_stands_is_recovered_and_no_other(code, n, kernel
                     group.layout.recovery(lost)
 
 
+@pytest.mark.parametrize("n", SMALL)
+def test_shares_are_read_where_their_copies_are(code, n, kernels):
+    name, m = code
+    if n < least_nodes(m):
+        pytest.skip("too few nodes")
+    group = Group(name, [100 + 13 * i for i in range(n)], kernels, shares=[64 * (i % 3) + 5 * i for i in range(n)])
+    plan = group.layout.exchange()
+    assert all(term.source.offset + term.source.length <= 100 + 13 * term.source.node for term in plan.terms)
+    assert group.layout.parity_bytes == Group(name, [100 + 13 * i for i in range(n)], kernels).layout.parity_bytes
+    for lost in reference.losses(n, m + 1):
+        if group.code.survives(lost):
+            check(group, lost, kernels)
+        else:
+            with pytest.raises(UnrecoverableSnapshot):
+                group.layout.recovery(lost)
+
+
 @pytest.mark.parametrize("n", range(9, 17))
 def test_larger_groups(code, n, kernels):
     name, m = code
@@ -93,7 +110,8 @@ def test_any_sizes_any_loss(draw):
     sizes = draw.draw(st.lists(st.integers(0, 2000), min_size=n, max_size=n))
     lost = draw.draw(st.sets(st.integers(0, n - 1), max_size=m))
     kernels = KERNELS[draw.draw(st.sampled_from(list(KERNELS)))]()
-    check(Group(name, sizes, kernels), tuple(lost), kernels)
+    shares = draw.draw(st.just([]) | st.lists(st.integers(0, 2000), min_size=n, max_size=n))
+    check(Group(name, sizes, kernels, shares=shares), tuple(lost), kernels)
 
 
 def test_terms_in_any_order_and_in_pieces_give_the_same_parity(code, kernels):
@@ -208,7 +226,8 @@ def test_any_bad_bytes_are_recovered_or_refused(draw):
     n = draw.draw(st.integers(least_nodes(m), 6))
     sizes = draw.draw(st.lists(st.integers(1, 600), min_size=n, max_size=n))
     kernels = KERNELS[draw.draw(st.sampled_from(list(KERNELS)))]()
-    group = Group(name, sizes, kernels)
+    shares = draw.draw(st.just([]) | st.lists(st.integers(0, 300), min_size=n, max_size=n))
+    group = Group(name, sizes, kernels, shares=shares)
     spans = []
     for _ in range(draw.draw(st.integers(0, 4))):
         node, area = draw.draw(st.integers(0, n - 1)), draw.draw(st.sampled_from(Area))
@@ -227,8 +246,8 @@ def most_erased(group, spans):
     bad = {(span.node, span.area, span.offset + i) for span in spans for i in range(span.length)}
     return max(
         sum((span.node, span.area, span.offset + column) in bad for span in found if column < span.length)
-        for found in ([group.layout.span(chunk) for chunk in stripe.chunks] for stripe in group.code.stripes)
-        for column in range(group.layout.chunk_bytes)
+        for found in ([group.layout.span(chunk) for chunk in stripe.chunks] for stripe in group.layout.stripes)
+        for column in range(max(span.length for span in found))
     )
 
 
@@ -352,6 +371,21 @@ class TestRefusals:
     def test_sizes(self, sizes, said):
         with pytest.raises(InvalidArgument, match=said):
             Layout(code_for(3, 1), sizes)
+
+    @pytest.mark.parametrize(
+        ("shares", "said"),
+        [
+            ([(1, 3), (2, 1)], "give 2 numbers for each of 3 nodes"),
+            ([(1, 3), (2, 1), ()], "give 2 numbers for each of 3 nodes"),
+            ([(1, 3, 2), (2, 1, 3), (3, 2, 1)], "its own share and those of the 1 before it, or nothing"),
+            ([(1, 2), (2, 1), (3, 2)], "node 0 has 2 bytes of node 2's share of 3"),
+            ([(-1, 3), (2, -1), (3, 2)], "node 0 has -1 bytes"),
+            ([(1, 30), (2, 1), (30, 2)], "hold the shares"),
+        ],
+    )
+    def test_shares(self, shares, said):
+        with pytest.raises(InvalidArgument, match=said):
+            Layout(code_for(3, 1), [20, 20, 40], shares)
 
     @pytest.mark.parametrize(
         ("source", "destination", "said"),

@@ -42,6 +42,34 @@ def test_all_nodes_come_to_global_with_the_parity_of_the_code(name, m, n, size):
     asyncio.run(body())
 
 
+@pytest.mark.parametrize(("name", "m"), CODES)
+def test_shares_are_not_sent(name, m):
+    async def body():
+        sizes = [100, 90, 80, 70]
+        async with Group(name, sizes) as plain, Group(name, sizes, shares=[50_000, 40_000, 0, 1]) as group:
+            for each in (plain, group):
+                each.commit(FIRST)
+                assert {found.verdict for found in (await each.code_all(FIRST)).values()} == {Verdict.GLOBAL}
+                each.check(FIRST)
+            received = [store.received_bytes for store in group.stores]
+            assert received == [store.received_bytes for store in plain.stores]
+            assert 0 < max(received) <= 4 * 100
+
+    asyncio.run(body())
+
+
+def test_copies_that_are_not_as_long_as_the_share_are_given_up():
+    async def body():
+        async with Group("raim5", [100, 100, 100], shares=[500, 600, 700]) as group:
+            group.shares[1] = (600, 501)
+            group.commit(FIRST)
+            for found in (await group.code_all(FIRST)).values():
+                assert found.verdict is Verdict.SKIPPED
+                assert "node 1 has 501 bytes of node 0's share of 500" in found.reason or "given up" in found.reason
+
+    asyncio.run(body())
+
+
 def test_blocks_of_4_mib():
     async def body():
         async with Group("raim5", [5_000_000, 9_000_001, 3], block_bytes=4 << 20) as group:

@@ -32,15 +32,17 @@ def assert_restored(found, snapshot):
     assert all(isinstance(each, Restored) and each.snapshot == snapshot for each in found), found
 
 
-@pytest.mark.parametrize("size", [1, 12345])
+@pytest.mark.parametrize(("size", "share"), [(1, 0), (12345, 0), (1000, 9001)])
 @pytest.mark.parametrize(("name", "m"), CODES)
 @pytest.mark.parametrize("n", [2, 3, 4, 5])
-def test_every_loss_is_restored_or_refused(name, m, n, size):
+def test_every_loss_is_restored_or_refused(name, m, n, size, share):
     if n <= m:
         pytest.skip("too few nodes")
+    sizes = [max(0, size - 5 * node) for node in range(n)]
+    shares = [share + 7 * node for node in range(n)] if share else ()
 
     async def body():
-        async with Group(name, [max(0, size - 5 * node) for node in range(n)], seed=n) as group:
+        async with Group(name, sizes, seed=n, shares=shares) as group:
             await coded(group, FIRST, SECOND)
             stores = group.stores
             for lost in (each for count in (*range(m + 2), n) for each in combinations(range(n), count)):
@@ -56,6 +58,36 @@ def test_every_loss_is_restored_or_refused(name, m, n, size):
                     names = {name for node in lost for name in (f"node {node}", f"all checksums of node {node}")}
                     assert found[0].lost
                     assert set(found[0].lost) <= names
+
+    asyncio.run(body())
+
+
+@pytest.mark.parametrize(("name", "m"), CODES)
+def test_a_flipped_bit_in_a_share_or_in_a_copy_is_an_erasure(name, m):
+    async def body():
+        async with Group(name, [100] * 4, shares=[5000] * 4) as group:
+            await coded(group, FIRST)
+            store = group.stores[2]
+            (held,) = store.held()
+            for byte in (150, 5050, 5150):  # in the share, in the block that both are in, in a copy
+                store.data(held.slot)[byte] ^= 1
+            await group.restart([] if m == 1 else [0])
+            assert_restored(await group.recover_all(), FIRST)
+            group.check(FIRST)
+
+    asyncio.run(body())
+
+
+def test_a_share_and_all_of_its_copies_damaged_is_refused():
+    async def body():
+        async with Group("raim5", [100] * 4, shares=[5000] * 4) as group:
+            await coded(group, FIRST)
+            for node, byte in ((2, 200), (3, 5200)):
+                (held,) = group.stores[node].held()
+                group.stores[node].data(held.slot)[byte] ^= 1
+            await group.restart()
+            for found in await group.recover_all():
+                assert isinstance(found, UnrecoverableSnapshot)
 
     asyncio.run(body())
 

@@ -221,12 +221,16 @@ class Job:
                 process.kill()
                 process.wait()
 
-    def reduced(self, node: str) -> tuple[str, ...]:
-        """What a node's memory process says that redundancy lacks."""
+    def status(self, node: str) -> Status:
+        """A node's memory process's."""
         connection = self._connected(node)
         status, _ = connection.ask(GetStatus(), Status)
         connection.close()
-        return status.reduced
+        return status
+
+    def reduced(self, node: str) -> tuple[str, ...]:
+        """What a node's memory process says that redundancy lacks."""
+        return self.status(node).reduced
 
     def _connected(self, node: str) -> Connection:
         (name,) = {*self.memory_processes(node).values()} or {node}

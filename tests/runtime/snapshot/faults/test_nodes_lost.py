@@ -7,6 +7,7 @@ import pytest
 from stowplan.runtime.snapshot.memory.slots import State
 from tests.runtime.snapshot.faults.conftest import full
 
+RANDOM_BYTES = 24 << 10  # the states of four generators
 pytestmark = pytest.mark.slow
 
 
@@ -65,6 +66,21 @@ def test_two_with_a_code_that_stands_two(jobs, quiet):
     start.kill()
     assert job.start("axcy").finished().restored == "3"
     job.check(quiet())
+
+
+@pytest.mark.parametrize(("nodes", "m", "then"), [("abcd", 1, "axcd"), ("aabb", 1, "aacc"), full("abcd", 2, "axcy")])
+def test_of_replicated_training(jobs, quiet, nodes, m, then):
+    """Other nodes have copies of its share, of their own replicas: only what describes it is sent between nodes."""
+    job = jobs(nodes, replicated=True, m=m)
+    start = held(job)
+    for rank in (rank for node in sorted(set(nodes)) for rank in job.status(node).ranks):
+        data_bytes, schema_bytes = max((slot.data_bytes, slot.schema_bytes) for slot in rank.slots)
+        assert 0 < rank.received_bytes < m * (schema_bytes + RANDOM_BYTES) < data_bytes / 2
+    for node in set(nodes) - set(then):
+        job.lose(node)
+    start.kill()
+    assert job.start(then).finished().restored == "3"
+    job.check(quiet(4, replicated=True))
 
 
 def test_two_with_a_code_that_stands_one_are_refused(jobs):

@@ -25,7 +25,7 @@ from stowplan.runtime.snapshot.state.contents import Piece
 from stowplan.runtime.snapshot.state.gathered import gather_pieces, restore_shares
 from stowplan.runtime.snapshot.state.leaf import Leaf
 from stowplan.runtime.snapshot.state.restore import reshard, restore
-from stowplan.runtime.snapshot.state.shares import agreed_portions
+from stowplan.runtime.snapshot.state.shares import agreed_division
 from stowplan.runtime.snapshot.state.training_state import TrainingState, size_bytes
 from tests.distributed import Ranks
 from tests.runtime.snapshot.conftest import eventually
@@ -56,7 +56,7 @@ def leaves(schema: bytes) -> list[Leaf]:
 
 def taken(training: Replicated | Training) -> tuple[bytes, bytes]:
     agreement = Agreement()
-    return piece_of(training.state(), agreed_portions(agreement, training.state()))
+    return piece_of(training.state(), agreed_division(agreement, training.state()))
 
 
 def groups_of(kind: str) -> dist.ProcessGroup | None:
@@ -174,7 +174,8 @@ def test_a_training_that_lost_a_node_goes_on_to_the_last_bit(ranks4: Ranks, node
             os.kill(pid, signal.SIGKILL)
     for num_bytes, whole_bytes, same, _ in answers:
         assert all(same)
-        assert num_bytes < whole_bytes / 2  # a fourth, the schema, and what each rank has for itself
+        # A fourth, on several nodes a copy of another, the schema, and what each rank has for itself.
+        assert num_bytes < whole_bytes * (1 / 2 if nodes == "aaaa" else 3 / 4)
 
 
 # ---- what differs ----------------------------------------------------------------------------------------------------
@@ -186,7 +187,7 @@ def one_that_differs(rank: int, name: str) -> tuple[list[str], bool, int, int]:
     before, agreement = first.fingerprint(), Agreement()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        piece = piece_of(first.state(), agreed_portions(agreement, first.state()))
+        piece = piece_of(first.state(), agreed_division(agreement, first.state()))
     second = Replicated(seed=9)
     restore_shares(agreement, Piece(*piece), second.state())
     whole = [leaf for leaf in leaves(piece[0]) if leaf.share is None and leaf.num_bytes > 1000]
@@ -211,7 +212,7 @@ def states_of_one(rank: int) -> bool:
     before, agreement = first.fingerprint(), Agreement()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        piece = piece_of(first.state(), agreed_portions(agreement, first.state()))
+        piece = piece_of(first.state(), agreed_division(agreement, first.state()))
     second = Replicated("sgd", seed=9)
     restore_shares(agreement, Piece(*piece), second.state())
     return second.fingerprint() == before
@@ -231,7 +232,7 @@ def of_zero(rank: int) -> set[str]:
         model(torch.ones(2, 100)).sum().backward()
         optimizer.step()
     state = TrainingState(model={"replicated": model, "own": nn.Linear(50, 50)}, optimizer=optimizer)
-    return set(agreed_portions(Agreement(), state))
+    return set(agreed_division(Agreement(), state).portions)
 
 
 def test_what_is_not_replicated_is_whole(ranks4: Ranks) -> None:

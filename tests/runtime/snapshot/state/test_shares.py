@@ -9,8 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stowplan.runtime.snapshot.place import CodeGroup
 from stowplan.runtime.snapshot.state.replicas import Replica
-from stowplan.runtime.snapshot.state.shares import portions
+from stowplan.runtime.snapshot.state.shares import divided, portions
 
 PAGE_BYTES = 4096  # no part is smaller, but where dimensions are
 
@@ -60,3 +61,39 @@ def test_what_shares_memory_is_divided_once():
     tied = Replica("tied", one.tensor, one.ranks, False)
     (_, first), (_, again), (_, last) = portions([one, tied, other], 11)
     assert first == again != last
+
+
+@given(shapes, st.integers(2, 6), st.integers(1, 2), st.randoms(use_true_random=False))
+def test_copies_are_what_their_owners_have(shapes, num_ranks, m, random):
+    """However nodes are numbered, and in whichever order a rank meets families."""
+    num_ranks = max(num_ranks, m + 1)
+    tensors = [torch.rand(shape) for shape in shapes]
+    ranks = tuple(range(num_ranks))
+    nodes = random.sample(ranks, num_ranks)
+    families = [random.choice([ranks, tuple(range(num_ranks + 1))]) for _ in shapes]
+    divisions = []
+    for index, rank in enumerate(nodes):
+        given = [Replica(str(i), tensor.clone(), families[i], False) for i, tensor in enumerate(tensors)]
+        own = Replica("own", torch.rand(1000), (rank, 77), False)
+        given = [
+            each for family in random.sample([ranks, (*ranks, num_ranks)], 2) for each in given if each.ranks == family
+        ]
+        divisions.append(divided([own, *given], rank, (), CodeGroup(tuple(nodes), index, m)))
+    for index, division in enumerate(divisions):
+        assert [part.copied for path, part in division.portions.items()] == [
+            path != "own" for path in division.portions
+        ]
+        for behind, payload in enumerate(division.shares):
+            owned = divisions[index - behind].shares[0]
+            assert (payload.offsets, payload.num_bytes) == (owned.offsets, owned.num_bytes)
+            for copy, tensor in zip(payload.tensors, owned.tensors, strict=True):
+                assert torch.equal(copy, tensor)
+
+
+def test_copies_are_where_all_nodes_have_replicas():
+    (replica,) = replicas([(100, 100)], 2)
+    for nodes, copied in (((10, 11), True), ((10, 12), False)):
+        division = divided([replica], 10, (), CodeGroup(nodes, 0, 1))
+        assert [part.copied for part in division.portions.values()] == [copied]
+        assert len(division.shares) == 2 * copied
+    assert not divided([replica], 10).shares

@@ -15,6 +15,7 @@ import stowplan
 from stowplan.offload.capture.optimizers import steady_states
 from stowplan.runtime.snapshot.state.sizes import predicted
 from tests.distributed import Ranks
+from tests.runtime.snapshot.replicated import Replicated
 from tests.runtime.snapshot.trainings import Net, Training
 
 CPU = torch.device("cpu")
@@ -32,11 +33,12 @@ def environment(**values: str):
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
-def reserved(training: Training, path: str, rank: int = 0, **options) -> tuple[int, int]:
+def reserved(training: Training | Replicated, path: str, rank: int = 0, **options) -> tuple[int, int]:
     """Bytes for one slot's data, and all that the memory process holds after a snapshot of the training."""
     with environment(XDG_RUNTIME_DIR=path, STOWPLAN_JOB_TOKEN="a token for this test only"):
         parts = {"model": training.model, "optimizer": training.optimizer}
         with stowplan.Snapshotter(**parts, run="job-1", idle_seconds=60, **options) as snapshots:
+            snapshots.restore()
             training.run(1)
             snapshots.save(1)
             memory = snapshots.status().memory
@@ -83,6 +85,18 @@ def on_a_rank(rank: int, path: str, nodes: str) -> tuple[tuple[int, int], tuple[
 def test_sharded_ranks_of_two_nodes_take_what_was_predicted_with_parity(ranks: Ranks):
     with tempfile.TemporaryDirectory(prefix="stow") as path:
         found = ranks.run(on_a_rank, path, "ab")
+    assert {before for before, _ in found} == {after for _, after in found} == {found[0][0]}
+
+
+def on_a_rank_of_replicas(rank: int, path: str, nodes: str) -> tuple[tuple[int, int], tuple[int, int]]:
+    training = Replicated()
+    before = expected(training, stowplan.SnapshotMemory(num_nodes=len(set(nodes)), ranks_per_node=1))
+    return before, reserved(training, path, rank, node=nodes[rank])
+
+
+def test_replicated_ranks_of_two_nodes_take_what_was_predicted_with_copies(ranks: Ranks):
+    with tempfile.TemporaryDirectory(prefix="stow") as path:
+        found = ranks.run(on_a_rank_of_replicas, path, "ab")
     assert {before for before, _ in found} == {after for _, after in found} == {found[0][0]}
 
 
