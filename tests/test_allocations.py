@@ -24,6 +24,9 @@ from stowplan.offload.allocation_log import allocation_log
 from stowplan.planner.activations import Problem, simulate
 from stowplan.planner.addresses import addresses_of, packing_problem, requests
 from stowplan.planner.packing import validate
+from stowplan.session import planning
+from stowplan.session.heads import PlannedHead, replan_head
+from stowplan.session.solving import Solver
 from tests.models import batch_for, gpt2, llama
 
 LARGE = 1024  # bytes; smaller requests are the framework's own
@@ -256,3 +259,21 @@ def test_without_addresses_cuda_has_an_allowance_for_fragmentation() -> None:
         stowplan.replan(roomy, budget=roomy.least_budget_bytes - 4096)
     assert failure.value.least_bytes == pytest.approx(roomy.least_budget_bytes, rel=1e-6)
     assert failure.value.budget_bytes == roomy.least_budget_bytes - 4096
+
+
+def test_a_budget_that_is_known_to_do_is_looked_for_for_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine may not find in time what it has found before."""
+    plan, seconds = captured("gpt2", dry=True), []
+
+    def found_late(plan: Plan, solve: Solver) -> PlannedHead:
+        seconds.append((solve.time_limit_seconds, solve.packing_seconds))
+        if solve.time_limit_seconds < 50:
+            raise stowplan.InfeasibleBudget(solve.device_bytes, solve.device_bytes + 128, 0, "")
+        return replan_head(plan, solve)
+
+    monkeypatch.setattr(planning, "replan_head", found_late)
+    assert stowplan.replan(plan, budget=plan.least_budget_bytes).prediction
+    assert seconds == [(5, 3), (50, 30)]
+    with pytest.raises(stowplan.InfeasibleBudget):
+        stowplan.replan(plan, budget=plan.least_budget_bytes - 1)
+    assert len(seconds) == 3

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
-from stowplan.core.errors import InvalidArgument
+from stowplan.core.errors import InfeasibleBudget, InvalidArgument
 from stowplan.core.hardware import Hardware, preset
 from stowplan.core.plan import Plan
 from stowplan.core.units import parse_bytes
@@ -214,8 +214,15 @@ def replan(
     left_bytes = host_bytes - plan.snapshot_bytes
     tell = on_progress if on_progress is not None else lambda message: None
     solve = Solver(plan.hardware, device_bytes, left_bytes, solver, time_limit_seconds, tell, plan.fragmentation)
+    feasible = device_bytes >= plan.least_budget_bytes and host_bytes >= plan.host_budget_bytes
     with counting_snapshots(solve, plan.step, plan.snapshots):
-        chosen = replan_head(plan, solve)
+        try:
+            chosen = replan_head(plan, solve)
+        except InfeasibleBudget:
+            if not feasible:
+                raise
+            tell("a plan for this budget was found before, and is not in this time: solving for longer")
+            chosen = replan_head(plan, solve.patient)
     answer = chosen.answer
     return replace(
         plan,

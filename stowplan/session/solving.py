@@ -19,6 +19,7 @@ __all__ = ["Solver"]
 
 # For packing each plan that is weighed: step traces take a fraction of it.
 _PACKING_SECONDS = 3.0
+_LONGER = 10
 _HALVINGS = 10  # so that what is found is within a thousandth of what swapping freely takes
 _ANY_BYTES = 1 << 60
 
@@ -33,6 +34,13 @@ class Solver(NamedTuple):
     time_limit_seconds: float
     tell: Callable[[str], None]
     fragmentation: float = 0.0  # a share of what does not live all step, where no addresses are planned
+    packing_seconds: float = _PACKING_SECONDS
+
+    @property
+    def patient(self) -> Solver:
+        """The same with more time, for what is known to be there."""
+        more = _LONGER * self.time_limit_seconds, _LONGER * self.packing_seconds
+        return self._replace(time_limit_seconds=more[0], packing_seconds=more[1])
 
     def __call__(self, step: StepProgram) -> ActivationPlan:
         """The plan for ``step`` within the budget: up to its highest address, where its requests are known."""
@@ -85,7 +93,7 @@ class Solver(NamedTuple):
         """The highest address of a step, static bytes below it."""
         from stowplan.planner.addresses import place, requests
 
-        found = place(requests(step, self.hardware, decisions), self.hardware.device_type, _PACKING_SECONDS)
+        found = place(requests(step, self.hardware, decisions), self.hardware.device_type, self.packing_seconds)
         return step.static_bytes + found.height_bytes
 
     def _within(

@@ -353,6 +353,7 @@ def test_progress_is_one_line_on_a_terminal() -> None:
     assert shown.getvalue().endswith("\x1b[2K")  # the line is taken back
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_ends_the_search_and_a_second_one_the_command() -> None:
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt), packing_progress() as tell:  # noqa: PT012

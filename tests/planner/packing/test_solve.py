@@ -182,6 +182,7 @@ def test_what_progress_raises_comes_out():
         pack(dsa("D"), on_progress=fail)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_comes_out():
     def interrupt_soon(*report):
         if not timers:

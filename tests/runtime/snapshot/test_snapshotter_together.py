@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import tempfile
@@ -43,7 +44,8 @@ def together(monkeypatch):
         monkeypatch.setenv("XDG_RUNTIME_DIR", path)
         yield run
         for pid in pids:
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def save(rank, snapshots, model, step):

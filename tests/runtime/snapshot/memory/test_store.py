@@ -94,8 +94,9 @@ def test_headers_say_what_the_states_are(stores):
     store.begin(0, FIRST, DATA_BYTES, SCHEMA_BYTES)
     assert read_header(memory.region.view, 0).state is State.WRITING
     memory.data(1)[:] = content(FIRST)
-    store.written(0, 1)
-    store.written(0, 1)  # told twice
+    with store.exclusive():
+        store.written(0, 1)
+        store.written(0, 1)  # told twice
     assert store.wait(0, 1, State.LOCAL, 60) is State.LOCAL
     coded(store, FIRST)
     store.commit_global(0, FIRST)

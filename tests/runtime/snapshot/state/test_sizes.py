@@ -73,7 +73,9 @@ def test_a_plain_training_takes_what_was_predicted_before_its_first_step(optimiz
     assert not training.optimizer.state
     with tempfile.TemporaryDirectory(prefix="stow") as path:
         assert reserved(training, path) == before
-    assert expected(training, stowplan.SnapshotMemory()) == before
+    data_bytes, total_bytes = expected(training, stowplan.SnapshotMemory())
+    assert total_bytes == before[1]
+    assert abs(data_bytes - before[0]) < 200, "generators' numbers have more digits at some times"
 
 
 def on_a_rank(rank: int, path: str, nodes: str) -> tuple[tuple[int, int], tuple[int, int]]:
