@@ -3,16 +3,18 @@
     python -m benchmarks.snapshots                  # some minutes
     python -m benchmarks.snapshots --quick
 
-Two trainings: a plain Llama in one process, and one sharded by FSDP2 over processes on two "nodes" of this machine,
-whose memory processes keep copies of each other's snapshots. Contenders take turns, by rounds, in the same processes:
+Three trainings: a plain Llama in one process, and one sharded by FSDP2, and one replicated by DistributedDataParallel,
+over processes on two "nodes" of this machine, of which either may be lost. Contenders take turns, by rounds, in the
+same processes:
 
     stowplan        Snapshotter.save; whole when it is GLOBAL, coded on the other node
     dcp thread      torch.distributed.checkpoint.async_save with cached staging, written by a thread
     dcp process     the same, staged in shared memory, written by a process
-    torch.save      model and optimizer of each rank, nothing in the background
+    torch.save      model and optimizer of each rank (replicated: of the first), nothing in the background
 
 *Blocked* is how long training cannot go on, state dicts included; *whole* is until all is where it is to be, training
-standing still. Each is compared with a memcpy of as many bytes on all ranks at once, right before. *Beside* is the time
+standing still. Each is compared with a memcpy, on all ranks at once and right before, of the bytes that our snapshot of
+a rank has: where the training is replicated those are its share, and a copy of another's. *Beside* is the time
 of training's steps from when it goes on, over that of steps without any contender in the same round. Of the ranks the
 slowest counts, of the rounds the median. Results go to benchmarks/results/snapshots.json and, as a table, .md.
 """
@@ -43,6 +45,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 import stowplan
 from benchmarks.pipeline_ranks import on_ranks
@@ -63,8 +66,8 @@ class Case:
     num_blocks: int = 1
 
 
-CASES = (Case("plain", 1, 1, 512, 64), Case("fsdp2", 4, 2, 640, 64))
-QUICK = (Case("plain", 1, 1, 64, 16), Case("fsdp2", 2, 2, 64, 16))
+CASES = (Case("plain", 1, 1, 512, 64), Case("fsdp2", 4, 2, 640, 64), Case("ddp", 4, 2, 640, 64))
+QUICK = (Case("plain", 1, 1, 64, 16), Case("fsdp2", 2, 2, 64, 16), Case("ddp", 2, 2, 64, 16))
 
 
 def main() -> None:
@@ -109,7 +112,9 @@ class Training:
             vocab_size=1024, num_attention_heads=8, num_key_value_heads=8, use_cache=False,
         )  # fmt: skip
         self.model: Any = transformers.LlamaForCausalLM(config).train()
-        if case.num_ranks > 1:
+        if case.name == "ddp":
+            self.model = DistributedDataParallel(self.model)
+        elif case.name == "fsdp2":
             mesh = init_device_mesh("cpu", (case.num_ranks,))
             for layer in self.model.model.layers:
                 fully_shard(layer, mesh=mesh)
@@ -142,7 +147,7 @@ class Contenders:
     """``begin(name)`` saves the training and returns when it may go on, with what waits until all is done."""
 
     def __init__(self, case: Case, training: Training, folder: Path) -> None:
-        self.training, self.folder = training, folder
+        self.case, self.training, self.folder = case, training, folder
         node = f"node-{dist.get_rank() * case.num_nodes // case.num_ranks}"
         self.snapshots = stowplan.Snapshotter(
             model=training.model, optimizer=training.optimizer, run=f"benchmark-{case.name}", node=node, idle_seconds=60
@@ -162,7 +167,8 @@ class Contenders:
             assert not saved.skipped, saved
             return self.snapshots.wait
         if name == "torch.save":
-            torch.save(self.training.state(), f"{place}-{dist.get_rank()}")
+            if self.case.name != "ddp" or dist.get_rank() == 0:
+                torch.save(self.training.state(), f"{place}-{dist.get_rank()}")
             return lambda: None
         kind = AsyncCheckpointerType.PROCESS if name == "dcp process" else AsyncCheckpointerType.THREAD
         with warnings.catch_warnings():

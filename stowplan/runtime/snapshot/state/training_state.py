@@ -135,8 +135,8 @@ class Flat:
                     if index == len(self.tensors) // 2:
                         fail_at("copy.during")
                     end = offset + tensor.nbytes
-                    if end % ALIGNMENT:
-                        raw[end : end + -end % ALIGNMENT] = bytes(-end % ALIGNMENT)
+                    gap = raw[end : end + -end % ALIGNMENT]
+                    gap[:] = bytes(len(gap))
                     place = data[offset:end].view(_INTEGERS[tensor.itemsize]).view(tensor.shape)
                     if tensor.is_cuda:
                         with torch.cuda.stream(_side_stream(tensor.device, streams)):

@@ -87,7 +87,7 @@ def test_another_version_is_named():
             group.commit(FIRST)
             outcome = (await group.code_all(FIRST, [0]))[0]
             assert outcome.verdict is Verdict.SKIPPED
-            assert "speaks version 99 of the protocol, this one 1" in outcome.reason
+            assert f"speaks version 99 of the protocol, this one {PROTOCOL_VERSION}" in outcome.reason
 
     asyncio.run(body())
 

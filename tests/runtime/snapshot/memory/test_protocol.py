@@ -253,7 +253,7 @@ def test_the_first_message_is_hello(raw):
 
 
 def test_other_versions_and_runs_are_refused(raw):
-    assert reason(raw, Hello(RUN, 0, version=2)) == "version"
+    assert reason(raw, Hello(RUN, 0, version=99)) == "version"
     assert reason(raw, Hello("job-0", 0)) == "run"
     assert reason(raw, messages.GetStatus()) == "order"
 
