@@ -85,20 +85,34 @@ def steady_states(optimizer: torch.optim.Optimizer, device: torch.device) -> dic
     Nothing of the real optimizer changes. Raises InvalidArgument as ``optimizer_cost`` does.
     """
     optimizer = _inner(optimizer)
+    alike: dict[tuple[Any, ...], list[torch.Tensor]] = {}  # those of one group and shape have states that are, too
+    for number, group in enumerate(optimizer.param_groups):
+        for parameter in group["params"]:
+            if parameter.requires_grad:
+                local = local_part(parameter)
+                key = number, local.dtype, tuple(local.shape), local.stride()
+                alike.setdefault(key, []).append(parameter)
+    first = {id(parameters[0]) for parameters in alike.values()}
+    states: dict[torch.Tensor, dict[str, Any]] = {}
     with FakeTensorMode(), DryMode():
-        twin = _twin(optimizer, partial(_empty, device))
+        twin = _twin(optimizer, partial(_empty, device), lambda p: id(p) in first)
         if twin.param_groups:
             try:
                 _take_step(twin)
             except TypeError as error:
                 raise _cannot_step(optimizer, error) from error
-    stepping = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-    stand_ins = [p for group in twin.param_groups for p in group["params"]]
-    return {
-        parameter: {name: _sharded_as(parameter, value) for name, value in twin.state[stand_in].items()}
-        for parameter, stand_in in zip(stepping, stand_ins, strict=True)
-        if stand_in in twin.state
-    }
+        stand_ins = [p for group in twin.param_groups for p in group["params"]]
+        for stand_in, parameters in zip(stand_ins, alike.values(), strict=True):
+            for parameter in parameters if stand_in in twin.state else ():
+                states[parameter] = {
+                    name: _sharded_as(parameter, _another(value)) for name, value in twin.state[stand_in].items()
+                }
+    return states
+
+
+def _another(value: Any) -> Any:
+    """A tensor of its own that is like a fake one; anything else as it is."""
+    return _empty(value.device, value) if isinstance(value, torch.Tensor) else value
 
 
 def _cannot_step(optimizer: torch.optim.Optimizer, error: TypeError) -> InvalidArgument:

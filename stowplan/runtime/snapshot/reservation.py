@@ -78,8 +78,9 @@ class SlotBytes:
 
     @property
     def with_reserve(self) -> SlotBytes:
-        """To reserve where the largest rank's snapshot takes so many: schemas and extras grow a little."""
-        return SlotBytes(*(size + size // 16 + MIB for size in (self.data_bytes, self.coded_bytes)))
+        """To reserve where the largest rank's snapshot takes so many: schemas and extras, which are coded, grow."""
+        reserve = self.data_bytes // 16 + MIB
+        return SlotBytes(self.data_bytes + reserve, self.coded_bytes + reserve)
 
     def parity_bytes(self, code: Code | None) -> int:
         """What each node has to keep for the others."""

@@ -37,7 +37,7 @@ def test_what_has_copies_has_no_parity():
 
 
 def test_the_reserve_is_for_what_grows():
-    assert SlotBytes(16 * GIB, 32 * MIB).with_reserve == SlotBytes(17 * GIB + MIB, 35 * MIB)
+    assert SlotBytes(16 * GIB, 32 * MIB).with_reserve == SlotBytes(17 * GIB + MIB, GIB + 33 * MIB)
 
 
 def test_users_numbers(monkeypatch):

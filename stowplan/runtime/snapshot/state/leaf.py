@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
+from stowplan.core.errors import InvalidArgument
+
 __all__ = ["ALIGNMENT", "DTYPES", "Leaf", "Shard", "Share"]
 
 ALIGNMENT = 64  # bytes; a cache line, and a multiple of every element's size
@@ -35,7 +37,18 @@ class Shard:
 
     @classmethod
     def of(cls, tensor: DTensor) -> Shard:
-        """That of a live tensor, whose placements must be no sums to come (Partial)."""
+        """That of a live tensor, whose placements must be no sums to come (Partial).
+
+        Raises InvalidArgument: ranks are not in order along a dimension of the mesh that shards.
+        """
+        mesh = tensor.device_mesh
+        for dim, place in enumerate(mesh.get_coordinate() or ()):
+            if tensor.placements[dim].is_shard() and mesh.get_local_rank(dim) != place:
+                raise InvalidArgument(
+                    f"the mesh {mesh.mesh.tolist()} has ranks that do not ascend along dimension {dim}, by which "
+                    f"tensors are sharded: torch shards them by ascending ranks, and says otherwise. Put the ranks in "
+                    f"order, as init_device_mesh does."
+                )
         (chunk,) = tensor.__create_chunk_list__()
         return cls(
             tuple(tensor.shape),

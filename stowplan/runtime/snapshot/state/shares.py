@@ -10,7 +10,7 @@ own replicas: so any m nodes may be lost, and no byte of a share is sent to anot
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 
@@ -51,35 +51,40 @@ def divided(
     replicas: Sequence[Replica], rank: int, elsewhere: Collection[str] = (), group: CodeGroup | None = None
 ) -> Division:
     """That of ``rank``, which has all ``replicas``; ``elsewhere`` are paths of what others write to disk."""
-    # In one order on all nodes: that of a family's own replicas is.
-    copied = sorted((each for each in replicas if group and group.within(each.ranks)), key=lambda each: each.ranks)
-    paths = {replica.path for replica in copied}
-    found = {
-        replica.path: portion._replace(owned=replica.path not in elsewhere, copied=replica.path in paths)
-        for replica, portion in portions(replicas, rank)
-    }
-    shares = []
-    for owner in group.owners if group and copied else ():
-        shares.append(Payload())
-        for replica, portion in portions(copied, owner):
-            shares[-1].place(portion.of(replica.tensor))
+    families: dict[Ranks, list[Replica]] = {}
+    for replica in replicas:
+        families.setdefault(replica.ranks, []).append(replica)
+    found: dict[str, Portion] = {}
+    shares: list[Payload] = []
+    for ranks in sorted(families):  # in one order on all nodes: a family's own is
+        copied = group is not None and group.within(ranks)
+        for replica, portion in portions(families[ranks], rank):
+            found[replica.path] = portion._replace(owned=replica.path not in elsewhere, copied=copied)
+        if group and copied:
+            shares = shares or [Payload() for _ in group.owners]
+            for payload, owner in zip(shares, group.owners, strict=True):
+                for replica, portion in portions(families[ranks], owner):
+                    payload.place(portion.of(replica.tensor))
     return Division(found, tuple(shares))
 
 
-def portions(replicas: Iterable[Replica], rank: int) -> Iterator[tuple[Replica, Portion]]:
-    """What ``rank``, one of their ranks, has of each."""
-    turns: dict[tuple[Ranks, bool], int] = {}  # of what goes to all, and of what goes to some
+def portions(family: Sequence[Replica], rank: int) -> Iterator[tuple[Replica, Portion]]:
+    """What ``rank`` has of each; all have the same ranks, and it is one of them."""
+    ranks = family[0].ranks
+    index, lowest = ranks.index(rank), min(ranks)
+    turns = {True: 0, False: 0}  # of what goes to all, and of what goes to some
     known: dict[Storage, Portion] = {}
-    for replica in replicas:
+    for replica in family:
         memory = Storage.of(replica.tensor)
         if memory not in known:
-            dim, num_parts = _division(replica.tensor, len(replica.ranks))
-            key = replica.ranks, num_parts == len(replica.ranks)
-            part = (replica.ranks.index(rank) - turns.get(key, 0)) % len(replica.ranks)
-            known[memory] = _part(replica, dim, num_parts, part)
+            size = replica.tensor.shape
+            dim, num_parts = _division(replica.tensor, len(ranks))
+            to_all = num_parts == len(ranks)
+            part = (index - turns[to_all]) % len(ranks)
+            begin, length = _part(size[dim], num_parts, part)
+            known[memory] = Portion(Share(dim, begin, size[dim], lowest), length, True)
             # Who has more than others this time has not the next time.
-            more = replica.tensor.shape[dim] % num_parts if key[1] else num_parts
-            turns[key] = turns.get(key, 0) + more
+            turns[to_all] += size[dim] % num_parts if to_all else num_parts
         yield replica, known[memory]
 
 
@@ -92,9 +97,8 @@ def _division(tensor: torch.Tensor, num_ranks: int) -> tuple[int, int]:
     return dim, min(wanted, shape[dim])
 
 
-def _part(replica: Replica, dim: int, num_parts: int, part: int) -> Portion:
-    size = replica.tensor.shape[dim]
+def _part(size: int, num_parts: int, part: int) -> tuple[int, int]:
+    """Where a part begins, and how long it is."""
     rows, more = divmod(size, num_parts)
     begin = min(part * rows + min(part, more), size)
-    length = rows + (part < more) if part < num_parts else 0
-    return Portion(Share(dim, begin, size, min(replica.ranks)), length, True)
+    return begin, rows + (part < more) if part < num_parts else 0

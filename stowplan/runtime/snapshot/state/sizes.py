@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from stowplan.core.errors import InvalidArgument
 from stowplan.offload.capture.optimizers import steady_states
 from stowplan.offload.parallel import like_distributed
+from stowplan.runtime.snapshot.codes import Code
 from stowplan.runtime.snapshot.memory.layout import payload_offset
 from stowplan.runtime.snapshot.memory.schema import Schema, Tensor, schema_to_bytes
 from stowplan.runtime.snapshot.place import CodeGroup
@@ -29,6 +30,8 @@ from stowplan.runtime.snapshot.state.state_schema import Encoder, dump_schema
 from stowplan.runtime.snapshot.state.training_state import Flat, OptimizerStates, TrainingState, flatten
 
 __all__ = ["described", "expected_bytes", "predicted"]
+
+_SHARE_NODE_BYTES = 80  # of the schema, at most, for what a share is a part of
 
 
 def described(flat: Flat) -> tuple[str, Schema, SlotBytes]:
@@ -65,17 +68,18 @@ def predicted(
     Raises InvalidArgument: something that a snapshot cannot hold.
     """
     with _disable_current_modes():
-        needed = _needed(TrainingState(model=model, optimizer=optimizer), states, _expected_group(memory))
+        needed = _needed(TrainingState(model=model, optimizer=optimizer), states, _expected_group(memory.erasure_code))
         sizes = (_largest(size + memory.beside_bytes, model) for size in (needed.data_bytes, needed.coded_bytes))
         needed = SlotBytes(*sizes)
     return Reservation.of(needed.with_reserve, memory.erasure_code)
 
 
-def _expected_group(memory: SnapshotMemory) -> CodeGroup | None:
-    """Of ranks that are dealt to nodes in turn, as launchers do."""
-    code, local_size = memory.erasure_code, memory.num_ranks_per_node
-    ready = dist.is_available() and dist.is_initialized()
-    if code is None or not ready or dist.get_world_size() != code.n * local_size:
+def _expected_group(code: Code | None) -> CodeGroup | None:
+    """Where launchers give each node as many ranks, one node after the other."""
+    if code is None or not dist.is_available() or not dist.is_initialized():
+        return None
+    local_size, rest = divmod(dist.get_world_size(), code.n)
+    if rest:
         return None
     index, local_rank = divmod(dist.get_rank(), local_size)
     return CodeGroup(tuple(node * local_size + local_rank for node in range(code.n)), index, code.m)
@@ -89,8 +93,8 @@ def _needed(state: TrainingState, states: OptimizerStates | None, group: CodeGro
         size, num_ranks = replica.tensor.nbytes, len(replica.ranks)
         share = size - size * (num_ranks - 1) // num_ranks
         copied = group is not None and group.within(replica.ranks)
-        coded_bytes -= size if copied else size - share
-        data_bytes -= size - (share * len(group.owners) if group and copied else share)
+        coded_bytes += _SHARE_NODE_BYTES - (size if copied else size - share)
+        data_bytes += _SHARE_NODE_BYTES - size + (share * len(group.owners) if group and copied else share)
     return SlotBytes(data_bytes, coded_bytes)
 
 

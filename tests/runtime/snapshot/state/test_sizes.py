@@ -91,15 +91,54 @@ def test_sharded_ranks_of_two_nodes_take_what_was_predicted_with_parity(ranks: R
 
 
 def on_a_rank_of_replicas(rank: int, path: str, nodes: str) -> tuple[tuple[int, int], tuple[int, int]]:
-    training = Replicated()
-    before = expected(training, stowplan.SnapshotMemory(num_nodes=len(set(nodes)), ranks_per_node=1))
+    training, num_nodes = Replicated(), len(set(nodes))
+    data_bytes, total_bytes = expected(training, stowplan.SnapshotMemory(num_nodes=num_nodes))
+    before = data_bytes, total_bytes * len(nodes) // num_nodes  # a memory process has those of all ranks of its node
     return before, reserved(training, path, rank, node=nodes[rank])
 
 
-def test_replicated_ranks_of_two_nodes_take_what_was_predicted_with_copies(ranks: Ranks):
+@pytest.mark.parametrize("nodes", ["aabb", "abcd"])
+def test_replicated_ranks_of_nodes_take_what_was_predicted_with_copies(ranks4: Ranks, nodes: str):
     with tempfile.TemporaryDirectory(prefix="stow") as path:
-        found = ranks.run(on_a_rank_of_replicas, path, "ab")
+        found = ranks4.run(on_a_rank_of_replicas, path, nodes)
     assert {before for before, _ in found} == {after for _, after in found} == {found[0][0]}
+
+
+def grow(rank: int, path: str) -> list[tuple[int, ...]]:
+    """What grows has no copies on other nodes; sizes that were reserved before and after."""
+    training, words = Replicated(), {"words": torch.zeros(10, dtype=torch.uint8)}
+    with environment(XDG_RUNTIME_DIR=path, STOWPLAN_JOB_TOKEN="a token for this test only"):
+        parts = {"model": training.model, "optimizer": training.optimizer, "extras": {"more": Growing(words)}}
+        with stowplan.Snapshotter(**parts, run="job-1", idle_seconds=60, node=f"node-{rank}") as snapshots:
+            snapshots.restore()
+            sizes = []
+            for step, num_bytes in ((1, 10), (2, 1_000_000), (3, 5_000_000)):
+                words["words"] = torch.zeros(num_bytes, dtype=torch.uint8)
+                assert not snapshots.save(step).skipped
+                assert snapshots.wait()
+                (own,) = snapshots.status().memory.ranks
+                sizes.append((own.data_bytes, own.parity_bytes, len([slot for slot in own.slots if slot.sequence])))
+            snapshots.end()
+    return sizes
+
+
+class Growing:
+    def __init__(self, words: dict[str, torch.Tensor]) -> None:
+        self.words = words
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return self.words
+
+    def load_state_dict(self, words: dict[str, torch.Tensor]) -> None:
+        self.words = words
+
+
+def test_what_grows_within_the_reserve_does_not_cost_what_is_held(ranks: Ranks):
+    with tempfile.TemporaryDirectory(prefix="stow") as path:
+        for first, second, third in ranks.run(grow, path):
+            assert second == (*first[:2], 2)
+            assert third[0] > second[0]
+            assert third[2] == 1, "memory was reserved anew"
 
 
 @pytest.mark.parametrize("build", ["dry", "meta"])
