@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -96,13 +96,11 @@ class DiskTier:
         with self._lock:
             return self._status
 
-    def offer(self, pieces: Sequence[Piece], release: Callable[[], object] | None = None) -> bool:
+    def offer(self, pieces: Sequence[Piece]) -> bool:
         """Begin to write this node's pieces, all of one step; False: the copy before is not done, skipped.
 
         Args:
-            pieces: their buffers must stay as they are until ``release`` is called.
-            release: called from the writing thread as soon as the buffers are no longer needed, however it went. Not
-                called if the offer is not taken.
+            pieces: their buffers must stay as they are until ``reading_seconds`` is None, or ``overtake`` is called.
 
         Raises:
             InvalidSnapshot: a schema is none; InvalidArgument: no pieces, or of several steps. Nothing else: faults of
@@ -122,7 +120,7 @@ class DiskTier:
             self._overtaken = threading.Event()
             self._thread = threading.Thread(
                 target=self._write,
-                args=(step, list(pieces), any(schema["rank"] == 0 for schema in schemas), release, self._overtaken),
+                args=(step, list(pieces), any(schema["rank"] == 0 for schema in schemas), self._overtaken),
                 name="stowplan-disk",
                 daemon=True,
             )
@@ -156,14 +154,7 @@ class DiskTier:
         self._ended.set()
         return done
 
-    def _write(
-        self,
-        step: int,
-        pieces: list[Piece],
-        first: bool,
-        release: Callable[[], object] | None,
-        overtaken: threading.Event,
-    ) -> None:
+    def _write(self, step: int, pieces: list[Piece], first: bool, overtaken: threading.Event) -> None:
         def stopped() -> str:
             if overtaken.is_set():
                 return "its memory was needed for the next snapshot before it was written."
@@ -180,8 +171,6 @@ class DiskTier:
             finally:
                 pieces.clear()
                 self._reading_since = None
-                if release is not None:
-                    release()
             seconds = time.monotonic() - begin
             if self._complete(step, first):
                 if first:

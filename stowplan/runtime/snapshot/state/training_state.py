@@ -56,7 +56,6 @@ class TrainingState:
         scheduler, scaler, data: anything with ``state_dict`` and ``load_state_dict``; ``data`` is the position in it.
         extras: by name: anything with ``state_dict`` and ``load_state_dict``, tensors, generators, plain values.
         step: how many steps are done.
-        replicas: the ranks that hold the same plain tensors; one of them writes these to disk. Default: all ranks.
     """
 
     model: Any
@@ -66,7 +65,6 @@ class TrainingState:
     data: Any = None
     extras: Mapping[str, Any] = field(default_factory=dict)
     step: int = 0
-    replicas: dist.ProcessGroup | None = None
 
     def stateful(self) -> dict[str, dict[str, Any]]:
         """Schedulers, scalers and data by part and name.
@@ -171,7 +169,7 @@ def flatten(
         division: what this rank's snapshot has of what is replicated (``shares.agreed_division``); the other ranks'
             have the rest. Default: all tensors are whole.
         elsewhere: paths of plain tensors that other ranks write to disk (``replicas.written_elsewhere``). Default: all,
-            but on the first of ``state.replicas``.
+            but on rank 0.
         encoder: what takes values apart. Default: one of this division.
         optimizer_states: by parameter, for those of which the optimizer has none yet.
 
@@ -181,10 +179,10 @@ def flatten(
     if type(state.step) is not int or state.step < 0:
         raise InvalidArgument(f"step={state.step!r}: give the number of steps that are done, 0 or more.")
     ready = dist.is_available() and dist.is_initialized()
-    replica = dist.get_rank(state.replicas) if ready else 0
+    rank = dist.get_rank() if ready else 0
     shares = division.shares if division else ()
     encoder = encoder or Encoder(division.portions if division else None, shares[0] if shares else None)
-    encoder.owned, encoder.elsewhere = elsewhere is not None or replica == 0, elsewhere or ()
+    encoder.owned, encoder.elsewhere = elsewhere is not None or rank == 0, elsewhere or ()
     models = models_of(state.model)
     tree: dict[str, Any] = {
         "model": {**models.tensors, **{name: module.get_extra_state() for name, module in models.stateful.items()}},
@@ -204,7 +202,7 @@ def flatten(
     schema = envelope(
         {"dict": node},
         num_bytes=sum(payload.num_bytes for payload in payloads[:2]),
-        rank=dist.get_rank() if ready else 0,
+        rank=rank,
         step=state.step,
         world_size=dist.get_world_size() if ready else 1,
     )
