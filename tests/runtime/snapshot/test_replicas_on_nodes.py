@@ -7,6 +7,7 @@ import signal
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -93,15 +94,15 @@ class Training:
 
 
 def lose(
-    rank: int, sockets: str, kind: str, nodes: str, m: int, lost: str, then: str, differ: bool
-) -> tuple[list[Saved], bool, int]:
-    """What was saved, whether all bytes were restored, at which step."""
+    rank: int, sockets: str, kind: str, nodes: str, m: int, lost: str, then: str, differ: bool, options: dict[str, Any]
+) -> tuple[list[Saved], set[str], int]:
+    """What was saved, which tensors were restored with other bytes, at which step."""
     os.environ |= {"XDG_RUNTIME_DIR": sockets, "STOWPLAN_JOB_TOKEN": "a token for this test only"}
     warnings.simplefilter("ignore", RuntimeWarning)  # of what differs
 
     def snapshotter(training: Training, names: str) -> Snapshotter:
         parts = {"model": training.models, "optimizer": training.optimizer}
-        return Snapshotter(**parts, run="job-1", node=names[rank], m=m, idle_seconds=60)
+        return Snapshotter(**parts, run="job-1", node=names[rank], m=m, idle_seconds=60, **options)
 
     training, saved = Training(kind, 0), []
     with snapshotter(training, nodes) as snapshots:
@@ -112,6 +113,8 @@ def lose(
                 training.depart()
             saved.append(snapshots.save(step))
             assert snapshots.wait()
+            if "directory" in options:
+                assert snapshots._disk.wait(60)
             dist.barrier()
         memory, found = snapshots.status().memory.pid, training.bytes()
     dist.barrier()
@@ -122,12 +125,12 @@ def lose(
     training = Training(kind, 77)
     with snapshotter(training, then) as snapshots:
         restored = snapshots.restore()
-        same = training.bytes() == found
+        wrong = {name for name, content in training.bytes().items() if found[name] != content}
         training.step(4)
         saved.append(snapshots.save(4))
         assert snapshots.wait()
         snapshots.end()
-    return saved, same, restored.step
+    return saved, wrong, restored.step
 
 
 @pytest.mark.parametrize(
@@ -147,10 +150,25 @@ def test_a_lost_node_is_made_again(
     ranks4: Ranks, kind: str, nodes: str, m: int, lost: str, then: str, differ: bool
 ) -> None:
     with tempfile.TemporaryDirectory(prefix="stow", ignore_cleanup_errors=True) as sockets:
-        answers = ranks4.run(lose, sockets, kind, nodes, m, lost, then, differ)
-    for saved, same, step in answers:
+        answers = ranks4.run(lose, sockets, kind, nodes, m, lost, then, differ, {})
+    for saved, wrong, step in answers:
         assert not any(each.skipped for each in saved)
-        assert (same, step) == (True, 3)
+        assert (wrong, step) == (set(), 3)
+
+
+def test_a_mirror_of_four_nodes_stands_two_that_are_no_neighbours(ranks4: Ranks) -> None:
+    with tempfile.TemporaryDirectory(prefix="stow", ignore_cleanup_errors=True) as sockets:
+        answers = ranks4.run(lose, sockets, "groups", "abcd", 1, "ac", "xbyd", False, {"code": "mirror"})
+    assert [(wrong, step) for _, wrong, step in answers] == [(set(), 3)] * 4
+
+
+def test_copies_on_disk_have_all_shares(ranks4: Ranks, tmp_path: Path) -> None:
+    """Buffers that differ between ranks are those of one of them there."""
+    with tempfile.TemporaryDirectory(prefix="stow", ignore_cleanup_errors=True) as sockets:
+        answers = ranks4.run(lose, sockets, "all", "abcd", 1, "abcd", "wxyz", False, {"directory": tmp_path})
+    for _, wrong, step in answers:
+        assert step == 3
+        assert {name for name in wrong if "running" not in name and "num_batches" not in name} == set()
 
 
 def save_in_disorder(rank: int, sockets: str) -> str:
