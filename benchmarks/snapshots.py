@@ -1,6 +1,6 @@
 """What snapshots cost a training, beside torch's ways to save it to a tmpfs.
 
-    python -m benchmarks.snapshots                  # some minutes
+    python -m benchmarks.snapshots                  # a quarter of an hour
     python -m benchmarks.snapshots --quick
 
 Three trainings: a plain Llama in one process, and one sharded by FSDP2, and one replicated by DistributedDataParallel,

@@ -209,11 +209,11 @@ class Exchange:
             self.store.keep_table(held.slot, table.node, table.packed())
         layout = layout_of(self.coding, [tables[node] for node in range(self.member.num_nodes)])
         parity = self.store.parity(held.slot, layout.parity_bytes)
-        received = await self.carry_out(
-            layout.exchange(self.member.node), snapshot, {Area.PARITY: parity}, tables, urgent=False
-        )
+        plan = layout.exchange(self.member.node)
+        await self.carry_out(plan, snapshot, {Area.PARITY: parity}, tables, urgent=False)
         crcs = await crcs_in_turn(parity, self.member.block_bytes)
-        self.store.complete_parity(self._held(snapshot).slot, snapshot, layout.parity_bytes, crcs, received)
+        received_bytes = sum(term.source.length for term in plan.terms)  # none of them is of this node
+        self.store.complete_parity(self._held(snapshot).slot, snapshot, layout.parity_bytes, crcs, received_bytes)
 
     async def _table(self, node: int, snapshot: Snapshot) -> Table:
         _, content = await self.ask(node, AskTable(snapshot, node), Done)
@@ -239,10 +239,8 @@ class Exchange:
         tables: Mapping[int, Table],
         *,
         urgent: bool,
-    ) -> int:
+    ) -> None:
         """Overwrite the plan's destinations in ``areas``, all of this node, with what it makes of others' bytes.
-
-        Gives the number of bytes that came from other nodes.
 
         Raises SnapshotPeerRefused ("bad", "absent", …); waits for nodes that cannot be reached.
         """
@@ -252,7 +250,7 @@ class Exchange:
         of_node: dict[int, list[Term]] = {}
         for term in plan.terms:
             of_node.setdefault(term.source.node, []).append(term)
-        return sum(await gathered(self._pull(terms, snapshot, areas, tables, urgent) for terms in of_node.values()))
+        await gathered(self._pull(terms, snapshot, areas, tables, urgent) for terms in of_node.values())
 
     async def _pull(
         self,
@@ -261,7 +259,7 @@ class Exchange:
         areas: Mapping[Area, memoryview],
         tables: Mapping[int, Table],
         urgent: bool,
-    ) -> int:
+    ) -> None:
         for term in terms:
             for piece in _pieces(term, self.member.block_bytes):
                 source = piece.source
@@ -271,7 +269,6 @@ class Exchange:
                     self.check_fence()
                     self._check(source, content, tables[source.node])
                     accumulate(piece, content, areas[piece.destination.area])
-        return sum(term.source.length for term in terms if term.source.node != self.member.node)
 
     def _check(self, source: Span, content: bytes, table: Table) -> None:
         """Of whole blocks the sender's word is not taken."""

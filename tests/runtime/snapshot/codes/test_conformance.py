@@ -35,6 +35,16 @@ def check(group, lost, kernels):
     assert parity == group.parity, lost
 
 
+def check_every_loss(group, kernels):
+    """Of up to one node more than the code stands."""
+    for lost in reference.losses(group.code.n, group.code.m + 1):
+        if group.code.survives(lost):
+            check(group, lost, kernels)
+        else:
+            with pytest.raises(UnrecoverableSnapshot):
+                group.layout.recovery(lost)
+
+
 @pytest.fixture(params=CODES, ids=[name for name, _ in CODES])
 def code(request):
     return request.param
@@ -47,12 +57,7 @@ def test_every_loss_that_a_code_stands_is_recovered_and_no_other(code, n, kernel
         pytest.skip("too few nodes")
     for sizes in sizes_for(n):
         group = Group(name, sizes, kernels)
-        for lost in reference.losses(n, m + 1):
-            if group.code.survives(lost):
-                check(group, lost, kernels)
-            else:
-                with pytest.raises(UnrecoverableSnapshot):
-                    group.layout.recovery(lost)
+        check_every_loss(group, kernels)
 
 
 @pytest.mark.parametrize("n", SMALL)
@@ -64,12 +69,7 @@ def test_shares_are_read_where_their_copies_are(code, n, kernels):
     plan = group.layout.exchange()
     assert all(term.source.offset + term.source.length <= 100 + 13 * term.source.node for term in plan.terms)
     assert group.layout.parity_bytes == Group(name, [100 + 13 * i for i in range(n)], kernels).layout.parity_bytes
-    for lost in reference.losses(n, m + 1):
-        if group.code.survives(lost):
-            check(group, lost, kernels)
-        else:
-            with pytest.raises(UnrecoverableSnapshot):
-                group.layout.recovery(lost)
+    check_every_loss(group, kernels)
 
 
 @pytest.mark.parametrize("n", range(9, 17))

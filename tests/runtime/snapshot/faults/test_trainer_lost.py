@@ -19,9 +19,11 @@ def test_in_the_middle_of_the_copy(jobs, quiet, nodes):
 
 @pytest.mark.parametrize("nodes", [full("aaaa"), "abcd"])
 def test_of_replicated_training(jobs, quiet, nodes):
-    """Each rank has a share of what all have the same of."""
+    """Each rank has a share of what all have the same of; a lost node's is there, too."""
     job = jobs(nodes, replicated=True)
     job.start(rules="copy.during@rank-1:4=kill").killed_by_itself(1)
+    if nodes == "abcd":
+        job.lose("b")
     assert job.start().finished().restored == "3"
     job.check(quiet(4, replicated=True))
 
